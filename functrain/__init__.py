@@ -1,0 +1,1 @@
+"""functrain: training as a composition of pure functions."""
