@@ -1,0 +1,182 @@
+"""The step: a gradient and an optimizer as one pure function from state and batch to state and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functrain.core import random, tree
+from functrain.core.errors import ArgumentError, DonatedError, TreeError
+from functrain.core.explain import Stage, explain
+from functrain.core.grad import as_gradient
+from functrain.core.optim.base import Optimizer, apply_updates
+from functrain.core.transforms import inside_tracing, inside_transform
+from functrain.core.tree import Tree
+
+Metrics = dict[str, Tensor]
+
+
+class State(NamedTuple):
+    """All there is to know about a run, as one tree.
+
+    - `params`: the parameters;
+    - `opt`: the optimizer's state, hyperparameters included;
+    - `carry`: what the loss threads from step to step (batch-norm buffers, recurrent state), or None;
+    - `key`: 0-d int64: the run's randomness; step i uses `fold_in(key, i)`;
+    - `position`: 0-d int64: the steps taken, which is the index of the next batch.
+    """
+
+    params: Tree
+    opt: Any
+    carry: Tree
+    key: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Two functions: `init(params, carry=None, seed=0) -> state` and `update(state, batch) -> (state, metrics)`.
+
+    A step is called like its `update`. Combinators take a step and return one. With `donates`, update takes
+    the state's buffers over, and the state that it was given is empty afterwards.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[[Any, Tree], tuple[Any, Metrics]]
+    stage: Callable[[], Stage]
+    donates: bool = False
+
+    def __call__(self, state: Any, batch: Tree) -> tuple[Any, Metrics]:
+        return self.update(state, batch)
+
+    def explain(self) -> Stage:
+        """What a step runs."""
+        return self.stage()
+
+
+def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
+    """One step of training: gradient, reduction, update.
+
+    `grad` is a gradient (`ft.grad(loss)` or a combinator around it), `optimizer` an `(init, update)` pair. The step
+
+    - gives the gradient the randomness `fold_in(state.key, state.position)` when the loss declares `key`;
+    - returns metrics as 0-d tensors: `loss` (the mean, of the params *before* the update), `weight`
+      (what it is the mean over), every hyperparameter on a schedule, and the loss's `aux` measures.
+
+    With `donate` the state's buffers are updated in place, without memory of their own: the same values, and the
+    state given is empty afterwards (`DonatedError` when it is used in a step again).
+
+    Raises `TreeError` for a batch whose leaves disagree and `LossError` for a loss that breaks its contract.
+
+    >>> import functrain as ft
+    >>> loss = lambda params, batch: (batch @ params["w"]) ** 2
+    >>> train = ft.step(ft.grad(loss), ft.optim.sgd(0.1))
+    >>> state, metrics = train(train.init({"w": torch.ones(2)}), torch.ones(4, 2))
+    >>> state.params, metrics["loss"], state.position
+    ({'w': tensor([0.6000, 0.6000])}, tensor(4.), tensor(1))
+    """
+    as_gradient(grad)
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise ArgumentError(f"expected an optimizer, got {explain(optimizer).title}: for instance ft.optim.adamw(1e-3)")
+    fused = getattr(optimizer, "fused", None)
+
+    def init(params: Tree, *, carry: Tree = None, seed: int | Tensor = 0) -> State:
+        mine = tree.map(_copied, params)
+        device = next((leaf.device for leaf in tree.leaves(mine)), torch.device("cpu"))
+        key = (seed.clone() if isinstance(seed, Tensor) else random.key(seed)).to(device)
+        position = torch.zeros((), dtype=torch.int64, device=device)
+        return State(mine, optimizer.init(mine), tree.map(_copied, carry), key, position)
+
+    def update(state: State, batch: Tree) -> tuple[State, Metrics]:
+        check_owned(state)
+        key = random.fold_in(state.key, state.position) if "key" in grad.uses else None
+        taken = grad.finished(state.params, batch, carry=state.carry, key=key)
+        if fused is not None and _plain(state):
+            with torch.no_grad():
+                old = state.params, state.opt
+                buffers = old if donate else tree.map(torch.clone, old)
+                params, opt = fused(taken.grads, buffers[1], buffers[0])
+        else:
+            updates, opt = optimizer.update(taken.grads, state.opt, state.params)
+            params = apply_updates(state.params, updates)
+        carry = state.carry if taken.carry is None else taken.carry
+        metrics = {"loss": taken.loss, "weight": taken.weight, **_scheduled(optimizer, state.opt), **_measures(taken.aux)}
+        new = State(params, opt, carry, state.key, state.position + 1)
+        return (taken_over(state, new) if donate and _plain(state) else new), metrics
+
+    def stage() -> Stage:
+        kernel = "torch's fused kernel" if fused else "tensor arithmetic"
+        facts = {"state": "donated: updated in place" if donate else "pure: a new state each step", "update": kernel}
+        return Stage("step", facts, [explain(grad), explain(optimizer)])
+
+    return Step(init, update, stage, donate)
+
+
+def _copied(leaf: Any) -> Tensor:
+    if not isinstance(leaf, Tensor):
+        raise TreeError(f"params and carry are trees of tensors, got a leaf of type {type(leaf).__name__}")
+    return leaf.detach().clone()
+
+
+def _plain(state: State) -> bool:
+    # Inside a transform or a trace the update has to be plain arithmetic; so it has where a gradient is to flow through.
+    if inside_transform() or inside_tracing():
+        return False
+    return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.leaves(state)))
+
+
+def _scheduled(optimizer: Any, state: Any) -> Metrics:
+    from functrain.core.optim.base import Schedule, resolve
+
+    scheduled = {n: s for n, s in getattr(optimizer, "settings", {}).items() if isinstance(s, Schedule)}
+    return resolve(scheduled, state.hyper, state.count) if scheduled else {}
+
+
+def _measures(aux: Tree) -> Metrics:
+    if aux is None:
+        return {}
+    return {f"aux.{name}" if name in ("loss", "weight") else name or "aux": leaf for name, leaf in tree.named(aux).items()}
+
+
+# --- donation --------------------------------------------------------------------------------------------------
+
+
+_NOTHING = torch.empty(0)
+
+
+def moved(leaf: Tensor) -> Tensor:
+    """The same buffer as a new tensor, with `leaf` left empty: whoever reads `leaf` afterwards finds no elements."""
+    mine = leaf.detach()
+    leaf.data = _NOTHING if leaf.is_cpu else leaf.new_empty(0)
+    return mine
+
+
+def taken_over(old: Tree, new: Tree) -> Tree:
+    """`new`, with every buffer that it shares with `old` moved over, and the rest of `old` emptied.
+
+    An old state can then never be mistaken for a whole one.
+    """
+    before = tree.leaves(old)
+    flat, spec = tree.flatten(new)
+    shared = {id(leaf) for leaf in before}
+    mine = [moved(leaf) if id(leaf) in shared else leaf for leaf in flat]
+    for leaf in before:
+        if leaf.ndim != 1 or leaf.numel():
+            moved(leaf)
+    return tree.unflatten(spec, mine)
+
+
+def check_owned(state: Any) -> None:
+    """Raise `DonatedError` when a donating step has already taken this state's buffers over."""
+    position = getattr(state, "position", None)
+    if position is None:
+        raise ArgumentError(f"expected a state as step.init(params) makes it, got {type(state).__name__}")
+    if position.ndim == 1 and position.numel() == 0:
+        raise DonatedError(
+            "this state was given to a donating step, which took its buffers over: go on with the state that the step "
+            "returned, or make the step with donate=False"
+        )
