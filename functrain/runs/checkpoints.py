@@ -41,9 +41,9 @@ class Checkpoints:
     """The checkpoints in one folder, of which the `keep` newest are kept (all of them with `keep=None`).
 
     A checkpoint is a directory `step-00000120` with `state.safetensors`, `record.json` and, written last,
-    `manifest.json`, which has the size and SHA-256 of the other two. It is made under another name and moved into
-    place when all of it is on the disk, so a kill at any moment leaves whole checkpoints only. Damage that comes
-    later is seen by the hashes, and loading falls back to the newest whole one.
+    `manifest.json`, which has the size and SHA-256 of the other two. It is made under another name and moved
+    into place when all of it is on the disk, so a kill at any moment leaves whole checkpoints only. Damage
+    that comes later is seen by the hashes, and loading falls back to the newest whole one.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -64,8 +64,9 @@ class Checkpoints:
     def save(self, state: Tree, position: int, record: Mapping[str, Any]) -> None:
         """Write the checkpoint of `position`, then remove those older than the `keep` newest.
 
-        When there is a whole one with the same content already, that one stays. Raises `TreeError` for a state that
-        cannot be stored, `DonatedError` for one that a step has taken over, and `RunError` when writing fails.
+        When there is a whole one with the same content already, that one stays. Raises `TreeError` for a
+        state that cannot be stored, `DonatedError` for one that a step has taken over, `RunError` when writing
+        fails.
         """
         if type(position) is not int or position < 0:
             raise ArgumentError(f"position must be an int of at least 0, got {position!r}")
@@ -78,7 +79,7 @@ class Checkpoints:
                 self._write(state, position, record)
                 self._prune(position)
         except OSError as error:
-            raise RunError(f"could not write the checkpoint of position {position} to {self.folder}: {error}") from error
+            raise RunError(f"could not write checkpoint {position} to {self.folder}: {error}") from error
 
     def positions(self) -> list[int]:
         """The positions that there are checkpoints of, in order, whether damaged or whole."""
@@ -87,20 +88,21 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The position of the newest whole checkpoint, or None when there is none."""
         places = self._places()
-        return next((position for position in sorted(places, reverse=True) if not damage(places[position])), None)
+        newest_first = sorted(places, reverse=True)
+        return next((position for position in newest_first if damage(places[position]) is None), None)
 
     def load(self, like: Tree, position: int | None = None) -> Loaded:
         """The newest whole checkpoint, or that of `position`, in the structure of `like`.
 
-        Raises `RunError` listing what was tried when none is whole (with `position`: when that one is not), and
-        `TreeError` when a whole one holds another tree than `like`: then the program has changed, not the disk.
+        Raises `RunError` listing what was tried when none is whole (with `position`: when that one is not),
+        and `TreeError` when a whole one holds another tree than `like`: the program changed, not the disk.
         """
         places = self._places()
         if not places:
-            raise RunError(f"no checkpoint in {self.folder}: nothing was saved there yet, or it is not the folder of a run")
+            raise RunError(f"no checkpoint in {self.folder}: nothing was saved there yet")
         if position is not None and position not in places:
             there = ", ".join(str(other) for other in sorted(places))
-            raise RunError(f"no checkpoint of position {position} in {self.folder}: there are those of {there}")
+            raise RunError(f"no checkpoint of position {position} in {self.folder}, only of {there}")
         skipped: list[str] = []
         for candidate in sorted(places, reverse=True) if position is None else [position]:
             place = places[candidate]

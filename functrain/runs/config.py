@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import difflib
 import functools
@@ -19,22 +18,16 @@ Config = TypeVar("Config")
 
 # The key that says which dataclass of a union a value is: a keyword, so no field has this name.
 _TAG = "class"
-_LISTS: dict[Any, Callable[..., Any]] = {
-    list: list,
-    tuple: tuple,
-    set: set,
-    frozenset: frozenset,
-    collections.abc.Sequence: tuple,
-}
-_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+_LISTS: dict[Any, Callable[..., Any]] = {list: list, tuple: tuple, Sequence: tuple}
+_MAPPINGS = (dict, Mapping)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON has it: dicts, lists, text, numbers, booleans and None.
 
-    Enums are written by name, paths as text, infinities and not-a-number as "inf", "-inf", "nan"; where a field
-    may be one of several dataclasses, the key "class" says which. `config_from_dict` gives the same config back.
-    Raises `ConfigError` naming the field for a value that is not of its declared type, or that JSON cannot hold.
+    Enums are written by name, paths as text, what is not finite as "inf", "-inf", "nan"; where a field may be
+    one of several dataclasses, the key "class" says which. `config_from_dict` gives the same config back.
+    Raises `ConfigError` for a value that is not of its declared type, or that JSON cannot hold.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Digits:
@@ -47,10 +40,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     _check_dataclass(type(config))
     try:
         plain = jsonable(_converter().unstructure(config), "config")
-    except ConfigError:
-        raise
     except (ArgumentError, NameError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{type(config).__name__} cannot be written as JSON: {error}") from error
+        raise ConfigError(f"{type(config).__name__} cannot be written: {error}") from error
     # A file that could not be read back would be found out only when the run is to be resumed.
     config_from_dict(type(config), plain)
     return plain
@@ -59,18 +50,18 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def config_from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
     """The config of the dataclass `cls` that `data` describes; keys that are left out take their defaults.
 
-    Types are strict: "3" is no int, True is no int, 3.0 is no int; 3 is a float. Raises `ConfigError` that lists
-    every unknown key (with the closest known one), missing key and value of a wrong type, each with its path.
+    Types are strict: "3", True and 3.0 are no int; 3 is a float. Raises `ConfigError` that lists unknown keys
+    (with the closest known one), missing keys and values of a wrong type, each with its path.
 
     >>> @dataclasses.dataclass
     ... class Digits:
-    ...     rate: float = 1e-3
+    ...     lr: float = 1e-3
     ...     epochs: int = 10
     >>> config_from_dict(Digits, {"epochs": 3})
-    Digits(rate=0.001, epochs=3)
+    Digits(lr=0.001, epochs=3)
     >>> config_from_dict(Digits, {"epoch": 3})
     Traceback (most recent call last):
-    functrain.core.errors.ConfigError: Digits: unknown key 'epoch' (did you mean 'epochs'?); known: rate, epochs
+    functrain.core.errors.ConfigError: Digits: unknown key 'epoch' (did you mean 'epochs'?); known: lr, epochs
     """
     from cattrs.errors import StructureHandlerNotFoundError
 
@@ -78,20 +69,18 @@ def config_from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
     try:
         return _converter().structure(data, cls)
     except (StructureHandlerNotFoundError, NameError) as error:
-        raise ConfigError(f"{cls.__name__} has a field of a type that a config cannot have: {error}") from error
+        raise ConfigError(f"{cls.__name__} has a field of a type that no config can have: {error}") from error
     except Exception as error:
         found = [f"{path.lstrip('.')}: {text}" if path else text for path, text in _problems(error)]
         separator = " " if len(found) == 1 else "\n  "
         raise ConfigError(f"{cls.__name__}:{separator}{separator.join(found)}") from error
 
 
-def config_from_flags(
-    cls: type[Config], args: Sequence[str], prog: str, default: Config | None = None
-) -> Config:
-    """The config of the dataclass `cls` that command-line `args` describe: a flag a field, help from its docstrings.
+def config_from_flags(cls: type[Config], args: Sequence[str], prog: str) -> Config:
+    """The config of the dataclass `cls` that command-line `args` describe: a flag a field, its docstring as help.
 
-    What no flag sets comes from `default`, or else from the defaults of `cls`. For wrong flags (and for `--help`)
-    it prints what is wrong (or the help) and raises `SystemExit` with code 2 (or 0), as a command should.
+    For wrong flags (for `--help`) it prints what is wrong (the help) and raises `SystemExit` with code 2 (0), as
+    a command should.
 
     >>> @dataclasses.dataclass
     ... class Digits:
@@ -105,9 +94,7 @@ def config_from_flags(
     except ImportError as error:
         raise MissingExtraError.of("tyro", "cli", "reading a config from flags") from error
     _check_dataclass(cls)
-    if default is None:
-        return tyro.cli(cls, args=list(args), prog=prog)
-    return tyro.cli(cls, args=list(args), prog=prog, default=default)
+    return tyro.cli(cls, args=list(args), prog=prog)
 
 
 def _check_dataclass(cls: Any) -> None:
@@ -116,7 +103,7 @@ def _check_dataclass(cls: Any) -> None:
         raise ConfigError(f"{name} is no config: expected a dataclass with typed fields")
 
 
-# --- what does not fit, and where ------------------------------------------------------------------------------
+# --- what does not fit, and where ---------------------------------------------------------------------------
 
 
 class _MisfitError(Exception):
@@ -155,10 +142,11 @@ def _says(kind: Any) -> str:
         return "one of " + ", ".join(repr(name) for name in kind.__members__)
     if _is_union(kind):
         return " or ".join(_says(member) for member in get_args(kind))
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+    plain = isinstance(kind, type) and not get_args(kind)
+    return kind.__name__ if plain else str(kind).replace("typing.", "")
 
 
-# --- one hook for each kind of type ----------------------------------------------------------------------------
+# --- one hook for each kind of type -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -167,26 +155,23 @@ def _converter() -> Any:
         from cattrs import Converter
     except ImportError as error:
         raise MissingExtraError.of("cattrs", "cli", "reading and writing a config") from error
-    converter = Converter(unstruct_collection_overrides={collections.abc.Set: _sorted})
-    # By class, and so also for subclasses: an IntEnum or StrEnum comes to the hook of int or str first.
+    converter = Converter()
+    # By class, and so for subclasses too: an IntEnum comes to the hook of int first.
     for kind in (bool, int, float, str, Enum, PurePath, Path):
         converter.register_structure_hook(kind, _read_scalar)
         converter.register_unstructure_hook(kind, _plain)
+    fields_hook = functools.cache(converter.gen_structure_attrs_fromdict)
     for fits, read in (
-        (_is_dataclass, functools.partial(_read_dataclass, functools.cache(converter.gen_structure_attrs_fromdict))),
+        (_is_dataclass, functools.partial(_read_dataclass, fields_hook)),
         (_is_union, functools.partial(_read_union, converter)),
-        (_is_literal, _read_literal),
+        (lambda kind: _bare(kind) is Literal, _read_literal),
         (lambda kind: _bare(kind) in _LISTS, functools.partial(_read_list, converter)),
         (lambda kind: _bare(kind) in _MAPPINGS, functools.partial(_read_mapping, converter)),
     ):
         converter.register_structure_hook_func(fits, read)
-    for fits, write in (
-        (_is_dataclass, _write_dataclass),
-        (_is_tagged, _write_tagged),
-        (lambda kind: _bare(kind) in _MAPPINGS, _write_mapping),
-    ):
+    for fits, write in ((_is_dataclass, _write_dataclass), (_is_tagged, _write_tagged)):
         converter.register_unstructure_hook_factory(fits, functools.partial(write, converter))
-    converter.register_unstructure_hook_func(_is_literal, _plain)
+    converter.register_unstructure_hook_func(lambda kind: _bare(kind) is Literal, _plain)
     return converter
 
 
@@ -204,14 +189,6 @@ def _is_union(kind: Any) -> bool:
 
 def _is_tagged(kind: Any) -> bool:
     return _is_union(kind) and sum(_is_dataclass(member) for member in get_args(kind)) > 1
-
-
-def _is_literal(kind: Any) -> bool:
-    return get_origin(kind) is Literal
-
-
-def _sorted(items: Any) -> list[Any]:
-    return sorted(items, key=repr)
 
 
 def _plain(value: Any) -> Any:
@@ -261,7 +238,7 @@ def _read_union(converter: Any, value: Any, kind: Any) -> Any:
     members = get_args(kind)
     if type(value) in members:
         return value
-    tagged = {member.__name__: member for member in members if _is_dataclass(member)} if _is_tagged(kind) else {}
+    tagged = {member.__name__: member for member in members if _is_tagged(kind) and _is_dataclass(member)}
     if tagged and isinstance(value, Mapping):
         name = value.get(_TAG)
         if name not in tagged:
@@ -302,9 +279,7 @@ def _read_mapping(converter: Any, value: Any, kind: Any) -> Any:
     keys, items = get_args(kind) or (Any, Any)
     if not isinstance(value, Mapping):
         raise _wrong(value, kind)
-    # JSON has text keys only.
-    whole = keys is int and all(isinstance(key, str) and key.lstrip("-").isdecimal() for key in value)
-    names = list(map(int, value)) if whole else _each(converter, ((key, key, keys) for key in value))
+    names = _each(converter, ((key, key, keys) for key in value))
     return dict(zip(names, _each(converter, ((key, item, items) for key, item in value.items()))))
 
 
@@ -313,7 +288,7 @@ def _write_dataclass(converter: Any, cls: Any) -> Callable[[Any], Any]:
 
     def write(value: Any) -> Any:
         if type(value) is not cls:  # a subclass would lose its own fields without a word
-            raise ConfigError(f"a field is declared as {cls.__name__} but holds {type(value).__name__}: {value!r}")
+            raise ConfigError(f"a field of type {cls.__name__} holds {type(value).__name__}: {value!r}")
         return inner(value)
 
     return write
@@ -323,15 +298,5 @@ def _write_tagged(converter: Any, kind: Any) -> Callable[[Any], Any]:
     def write(value: Any) -> Any:
         plain = converter.unstructure(value)
         return {_TAG: type(value).__name__, **plain} if _is_dataclass(type(value)) else plain
-
-    return write
-
-
-def _write_mapping(converter: Any, kind: Any) -> Callable[[Any], Any]:
-    items = (get_args(kind) or (Any, Any))[1]
-
-    def write(value: Any) -> Any:
-        keys = [str(key) if type(key) is int else converter.unstructure(key) for key in value]
-        return dict(zip(keys, (converter.unstructure(item, unstructure_as=items) for item in value.values())))
 
     return write

@@ -1,4 +1,4 @@
-"""A run: one directory with what was to be done (config), with what (facts), how it went (metrics) and its checkpoints."""
+"""A run: the directory of what was to be done (config), with what (facts), and how it went (metrics)."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Run:
         facts: Mapping[str, Any],
         overwrite: bool = False,
     ) -> Run:
-        """A new run directory at `path`, which must not exist, or be empty, or be a run that `overwrite` gives up.
+        """A new run directory at `path`, which must be missing or empty, or a run that `overwrite` gives up.
 
-        Raises `RunError` for a directory that holds anything else: that one is never touched. A run that another
-        process is training in is not overwritten either.
+        Raises `RunError` for a directory that holds anything else: that one is never touched. A run that
+        another process is training in is not overwritten either.
         """
         path = Path(path)
         resolved, known = jsonable(config, "config"), jsonable(facts, "facts")
@@ -64,7 +64,7 @@ class Run:
             with sole_writer(path / "lock"):
                 _refuse_foreign(path, overwrite)
                 _empty(path)
-                # First of all, so that what a kill leaves here is still known as a run, which can be overwritten.
+                # First of all, so that what a kill leaves here is known as a run, which can be overwritten.
                 write_record(path / "run.json", {"kind": _KIND, "format": 1, "facts": known})
                 write_record(path / "config.json", resolved)
                 (path / "metrics.jsonl").touch()
@@ -95,12 +95,12 @@ class Run:
         with sole_writer(self.path / "lock"):
             yield
 
-    # --- metrics -----------------------------------------------------------------------------------------------
+    # --- metrics --------------------------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row of metrics, which needs an integer `position`; 0-d tensors become numbers.
 
-        Not-a-number and infinities are written as the texts "nan", "inf" and "-inf", and read back as numbers.
+        Not-a-number and infinities are written as "nan", "inf" and "-inf", and read back as numbers.
         """
         record = jsonable(row, "row")
         _position(record)
@@ -124,7 +124,7 @@ class Run:
         return [row for row, _ in self._parsed()]
 
     def truncate(self, position: int) -> None:
-        """Keep only the rows with `row["position"] <= position`: what a resumed run does over is logged once."""
+        """Keep only the rows with `row["position"] <= position`, so that what is done over is logged once."""
         kept = [line for row, line in self._parsed() if _position(row) <= position]
         with whole_file(self._log) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in kept))
@@ -149,7 +149,7 @@ class Run:
 def _position(row: Mapping[str, Any]) -> int:
     position = row.get("position")
     if type(position) is not int:
-        raise ArgumentError(f"a row of metrics needs an integer 'position', got {position!r} among {list(row)}")
+        raise ArgumentError(f"a row of metrics needs an integer 'position', got {position!r} in {dict(row)}")
     return position
 
 
@@ -173,7 +173,7 @@ def _write_all(handle: int, line: bytes) -> None:
         line = line[os.write(handle, line) :]
 
 
-# --- making room -----------------------------------------------------------------------------------------------
+# --- making room --------------------------------------------------------------------------------------------
 
 
 def _contents(path: Path) -> list[Path]:
@@ -193,7 +193,7 @@ def _refuse_foreign(path: Path, overwrite: bool) -> None:
     if not _contents(path):
         return
     if not _is_run(path):
-        raise RunError(f"{path} is not empty and not a run of functrain: choose another --run (nothing was touched)")
+        raise RunError(f"{path} is not empty and not a run of functrain: choose another --run")
     if not overwrite:
         raise RunError(
             f"{path} holds a run already: choose another --run, go on with it by `functrain resume {path}`, "
@@ -209,7 +209,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _empty(path: Path) -> None:
-    """Remove all of a run but its lock and run.json: a kill on the way leaves a run, which can be overwritten."""
+    """Remove all of a run but its lock and run.json: what a kill leaves can still be overwritten."""
     for place in _contents(path):
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)

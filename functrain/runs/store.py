@@ -1,4 +1,4 @@
-"""What a run puts on disk, whole or not at all: trees as safetensors files, records as JSON, under one writer's lock."""
+"""What a run puts on disk, whole or not at all: trees as safetensors files, records as JSON."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from functrain.core.tree import Tree
 # What the safetensors format has a code for (complex128, for one, it has not).
 _STORABLE = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool}
-    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8}
+    | {torch.int64, torch.int32, torch.int16, torch.int8}
+    | {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
     | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 )
 
 
-# --- whole files, one writer -----------------------------------------------------------------------------------
+# --- whole files, one writer --------------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:
@@ -98,11 +99,11 @@ def _lock(path: Path, wait: bool) -> int:
         raise RunError(f"could not lock {path}: {error}") from error
 
 
-# --- records ---------------------------------------------------------------------------------------------------
+# --- records ------------------------------------------------------------------------------------------------
 
 
 def jsonable(value: Any, name: str = "record") -> Any:
-    """`value` as JSON has it: scalars of torch and NumPy as numbers, tuples as lists, nan and ±inf as strings.
+    """`value` as JSON has it: 0-d tensors and arrays as numbers, tuples as lists, nan and ±inf as text.
 
     Raises `ArgumentError` naming the place of anything that JSON cannot hold.
 
@@ -116,14 +117,16 @@ def jsonable(value: Any, name: str = "record") -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise ArgumentError(f"{name} has the key {key!r} ({type(key).__name__}): JSON has text keys only")
+                kind = type(key).__name__
+                raise ArgumentError(f"{name} has the key {key!r} ({kind}): JSON has text keys only")
         return {str(key): jsonable(item, f"{name}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item, f"{name}[{place}]") for place, item in enumerate(value)]
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return jsonable(value.item(), name)
     raise ArgumentError(
-        f"{name} is {type(value).__name__}, which JSON cannot hold: expected numbers, text, None, lists or dicts of them"
+        f"{name} is {type(value).__name__}, which JSON cannot hold: "
+        "expected numbers, text, None, lists or dicts of them"
     )
 
 
@@ -145,7 +148,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-# --- trees -----------------------------------------------------------------------------------------------------
+# --- trees --------------------------------------------------------------------------------------------------
 
 
 def _name(accessor: Any) -> str:
@@ -167,7 +170,7 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
     for accessor, leaf in zip(optree.tree_accessors(tree), trees.leaves(tree)):
         name = _name(accessor)
         if not isinstance(leaf, Tensor):
-            raise TreeError(f"leaf {name!r} is {type(leaf).__name__}: expected a tensor, as all leaves of a stored tree")
+            raise TreeError(f"leaf {name!r} is {type(leaf).__name__}: all leaves to store must be tensors")
         if name in named:
             raise TreeError(f"two leaves would have the name {name!r}: rename one of the keys")
         try:
@@ -198,7 +201,8 @@ def hash_tree(tree: Tree) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(tree).items()):
         digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
-        digest.update(_dense(name, leaf).cpu().reshape(-1).view(torch.uint8).numpy())
+        raw = _dense(name, leaf).cpu().reshape(-1).view(torch.uint8).numpy()
+        digest.update(raw.data)
     return digest.hexdigest()
 
 
@@ -212,7 +216,7 @@ def save_tree(path: str | os.PathLike[str], tree: Tree, metadata: Mapping[str, s
     seen: set[int] = set()
     for name, leaf in named_leaves(tree).items():
         if leaf.dtype not in _STORABLE:
-            raise TreeError(f"leaf {name!r} has dtype {leaf.dtype}, which safetensors cannot hold: convert it first")
+            raise TreeError(f"leaf {name!r} is {leaf.dtype}, which safetensors cannot hold: convert it first")
         dense = _dense(name, leaf)
         memory = dense.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory; a tree may well hold one tensor twice.
@@ -255,14 +259,14 @@ def load_tree(path: str | os.PathLike[str], like: Tree) -> Tree:
     """The tree in a safetensors file, in the structure of `like` and on the devices of its leaves.
 
     The tensors are new and belong to no graph; leaves of `like` on the meta device are loaded to the CPU.
-    Raises `TreeError` naming every leaf (up to five) whose name, shape or dtype is not that in `like`, and `RunError`
-    when the file is missing or damaged.
+    Raises `TreeError` naming every leaf (up to five) whose name, shape or dtype is not that in `like`, and
+    `RunError` when the file is missing or damaged.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_tree(f"{folder}/t.safetensors", {"w": torch.arange(2), "rest": (None, torch.tensor(True))})
-    ...     load_tree(f"{folder}/t.safetensors", {"w": torch.zeros(2).long(), "rest": (None, torch.tensor(False))})
-    {'rest': (None, tensor(True)), 'w': tensor([0, 1])}
+    ...     save_tree(f"{folder}/t.safetensors", {"w": torch.arange(2), "scale": (None, torch.tensor(3.0))})
+    ...     load_tree(f"{folder}/t.safetensors", {"w": torch.arange(2), "scale": (None, torch.tensor(0.0))})
+    {'w': tensor([0, 1]), 'scale': (None, tensor(3.))}
     """
     expected, got = named_leaves(like), load_named(path)
     wrong = [

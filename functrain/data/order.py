@@ -1,0 +1,155 @@
+"""Sources that change which element stands where: shuffle, shard, split, repeat, epoch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from functrain.core import tree
+from functrain.core.errors import ArgumentError
+from functrain.core.tree import Tree
+from functrain.data.permutation import permuted
+from functrain.data.source import Source
+
+
+class Reordered(Source):
+    """A source over the elements of another, at other positions: `indices` says which."""
+
+    def __init__(self, source: Source, length: int | None) -> None:
+        self.source, self.inner, self.length = source, (source,), length
+
+    def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        """Where in the inner source the elements at `positions` stand."""
+        raise NotImplementedError
+
+    def get(self, i: int, epoch: int) -> Tree:
+        return self.source.get(int(self.indices(np.array([i]), epoch)[0]), epoch)
+
+    def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        return self.source.take(self.indices(indices, epoch), epoch)
+
+
+class Shuffle(Reordered):
+    """Another order each epoch, drawn from a seed."""
+
+    steady = False
+
+    def __init__(self, source: Source, seed: int) -> None:
+        super().__init__(source, len(source))
+        self.seed = seed
+
+    def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        return permuted(positions, len(self), self.seed, epoch)
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "order": f"a bijection keyed by seed {self.seed} and epoch, computed, not stored"}
+
+
+class Shard(Reordered):
+    """Every size-th element, from rank on."""
+
+    def __init__(self, source: Source, rank: int, size: int) -> None:
+        length = None if source.length is None else max(0, -(-(source.length - rank) // size))
+        super().__init__(source, length)
+        self.rank, self.size = rank, size
+
+    def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        return self.rank + self.size * positions
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "shard": f"rank {self.rank} of {self.size}"}
+
+
+class Part(Reordered):
+    """The elements from start to stop: of the source's own order, or of one fixed random order."""
+
+    def __init__(self, source: Source, start: int, stop: int, seed: int | None) -> None:
+        super().__init__(source, stop - start)
+        self.start, self.seed = start, seed
+
+    def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        positions = positions + self.start
+        return positions if self.seed is None else permuted(positions, len(self.source), self.seed, None)
+
+    def facts(self) -> dict[str, str]:
+        order = "contiguous" if self.seed is None else f"drawn with seed {self.seed}, the same in every epoch"
+        return {**super().facts(), "part": f"{len(self):,} of {len(self.source):,} elements, {order}"}
+
+
+def split(source: Source, fractions: tuple[float, ...], seed: int | None) -> tuple[Part, ...]:
+    """The parts of `Source.split`, which see."""
+    if not source.steady:
+        raise ArgumentError(
+            "the order of this source changes with the epoch, so elements would pass between the parts: "
+            "split first, then shuffle the parts"
+        )
+    valid = all(isinstance(f, (int, float)) and 0 < f <= 1 for f in fractions)
+    if not fractions or not valid or sum(fractions) > 1 + 1e-9:
+        raise ArgumentError(f"split takes fractions above 0 that sum to at most 1, got {fractions}")
+    length = len(source)
+    # fsum: 0.1 three times is 0.3, not the next float after it, which could move a bound.
+    bounds = [0, *(min(length, round(length * math.fsum(fractions[: n + 1]))) for n in range(len(fractions)))]
+    if math.fsum(fractions) < 1 - 1e-9:
+        bounds.append(length)
+    pairs = list(zip(bounds, bounds[1:]))
+    if any(start == stop for start, stop in pairs):
+        sizes = ", ".join(str(stop - start) for start, stop in pairs)
+        raise ArgumentError(f"split{fractions} of {length} elements leaves a part empty (sizes {sizes})")
+    return tuple(Part(source, start, stop, seed) for start, stop in pairs)
+
+
+class Repeat(Source):
+    """Epoch after epoch of a source."""
+
+    def __init__(self, source: Source, epochs: int | None) -> None:
+        if not source.length:
+            raise ArgumentError("a source without elements cannot be repeated")
+        self.source, self.inner, self.epochs, self.period = source, (source,), epochs, source.length
+        self.length = None if epochs is None else epochs * source.length
+
+    def _epoch(self, epoch: int, i: int) -> int:
+        # Epoch e of three epochs begins with epoch 3e; without end, it is the stream from epoch e on.
+        return epoch * (self.epochs or 1) + i // self.period
+
+    def get(self, i: int, epoch: int) -> Tree:
+        return self.source.get(i % self.period, self._epoch(epoch, i))
+
+    def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        first, last = int(indices.min()) // self.period, int(indices.max()) // self.period
+        if first == last:
+            return self.source.take(indices % self.period, self._epoch(epoch, first * self.period))
+        epochs = indices // self.period
+        groups = [np.flatnonzero(epochs == number) for number in np.unique(epochs)]
+        taken = [
+            self.source.take(indices[group] % self.period, self._epoch(epoch, int(indices[group[0]])))
+            for group in groups
+        ]
+        places = tree_order(groups)
+        return tree.map(lambda leaf: leaf[places], tree.concat(taken))
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "epochs": f"{self.epochs or 'without end'}, of {self.period:,}"}
+
+
+def tree_order(groups: list[np.ndarray]) -> np.ndarray:
+    """Where each element stands among the groups laid end to end."""
+    return np.argsort(np.concatenate(groups))
+
+
+class Epoch(Source):
+    """A source as it is in one epoch."""
+
+    steady = True
+
+    def __init__(self, source: Source, epoch: int) -> None:
+        self.source, self.inner, self.length, self.number = source, (source,), source.length, epoch
+
+    def get(self, i: int, epoch: int) -> Tree:
+        return self.source.get(i, self.number)
+
+    def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        return self.source.take(indices, self.number)
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "epoch": str(self.number)}

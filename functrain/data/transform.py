@@ -1,0 +1,98 @@
+"""Sources whose elements are made from other elements: batch, map, zip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from functrain.core import tree
+from functrain.core.errors import ArgumentError, TreeError
+from functrain.core.tree import Tree
+from functrain.data.source import Source, stacked
+
+
+class Batch(Source):
+    """Neighbouring elements, stacked."""
+
+    def __init__(self, source: Source, size: int, drop_last: bool) -> None:
+        self.source, self.inner, self.size = source, (source,), size
+        rows = source.length
+        self.rest = 0 if rows is None else rows % size
+        self.length = None if rows is None else rows // size if drop_last else -(-rows // size)
+        self.dropped = self.rest if drop_last else 0
+        if rows and not self.length:
+            raise ArgumentError(f"drop_last leaves no batch: {rows} elements, batches of {size}")
+
+    def get(self, i: int, epoch: int) -> Tree:
+        start = i * self.size
+        stop = start + self.size
+        if self.source.length is not None:
+            stop = min(stop, self.source.length)
+        return self.source.take(np.arange(start, stop), epoch)
+
+    def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        rows = self.source.length
+        if rows is not None and (int(indices.max()) + 1) * self.size > rows:
+            return super().take(indices, epoch)
+        # Whole batches: one read for all of them.
+        places = (indices[:, None] * self.size + np.arange(self.size)).reshape(-1)
+        shape = (len(indices), self.size)
+        return tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self.source.take(places, epoch))
+
+    def facts(self) -> dict[str, str]:
+        count = {"batches": "endless" if self.length is None else f"{self.length:,} of {self.size}"}
+        if self.dropped:
+            return {**count, "last": f"{self.dropped} elements left over, dropped"}
+        return {**count, "last": f"ragged: {self.rest} elements" if self.rest else "full"}
+
+
+class Map(Source):
+    """A function of every element."""
+
+    def __init__(self, source: Source, fn: Callable[[Any], Tree]) -> None:
+        self.source, self.inner, self.length, self.fn = source, (source,), source.length, fn
+
+    def get(self, i: int, epoch: int) -> Tree:
+        return tree.map(_tensor, self.fn(self.source.get(i, epoch)))
+
+    def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        # One read below; the function sees one element at a time, as it does in `get`.
+        elements = tree.unstack(self.source.take(indices, epoch))
+        return stacked([tree.map(_tensor, self.fn(element)) for element in elements])
+
+    def facts(self) -> dict[str, str]:
+        return {**super().facts(), "function": getattr(self.fn, "__qualname__", type(self.fn).__name__)}
+
+
+def _tensor(leaf: Any) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
+        return torch.as_tensor(leaf)
+    raise TreeError(f"a mapped function returned a leaf of type {type(leaf).__name__}: expected tensors, arrays, numbers")
+
+
+class Zip(Source):
+    """Sources side by side."""
+
+    def __init__(self, *sources: Source) -> None:
+        for source in sources:
+            if not isinstance(source, Source):
+                raise ArgumentError(f"zip takes sources, got {type(source).__name__}: see functrain.arrays")
+        lengths = [source.length for source in sources]
+        if len(sources) < 2:
+            raise ArgumentError("zip takes at least one other source")
+        if len(set(lengths)) > 1:
+            listed = ", ".join("endless" if length is None else str(length) for length in lengths)
+            raise ArgumentError(f"zip takes sources of one length, got {listed}")
+        self.inner, self.length = sources, lengths[0]
+
+    def get(self, i: int, epoch: int) -> Tree:
+        return tuple(source.get(i, epoch) for source in self.inner)
+
+    def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        return tuple(source.take(indices, epoch) for source in self.inner)

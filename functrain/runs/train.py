@@ -1,0 +1,199 @@
+"""The training loop: an experiment run in a directory, to its end or to an interruption, from wherever it stands."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from functrain.core.errors import ArgumentError, RunError
+from functrain.core.step import Metrics
+from functrain.data.prefetch import prefetch
+from functrain.engine.experiment import Experiment
+from functrain.engine.fold import fold, position
+from functrain.runs.directory import Run
+from functrain.runs.events import EpochEnded, Event, Saved, Started, Stepped
+from functrain.runs.store import hash_tree
+
+Observer = Callable[[Event], None]
+
+
+class Trained(NamedTuple):
+    """How a run stands: its state, the rows logged in all, and whether it was interrupted before its end."""
+
+    state: Any
+    rows: list[dict[str, Any]]
+    interrupted: bool
+
+
+def train(
+    experiment: Experiment,
+    run: Run,
+    *,
+    every: int | None = None,
+    observers: Sequence[Observer] = (),
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Run `experiment` in the directory `run`: from its newest whole checkpoint on, or from the beginning.
+
+    A row of metrics is logged after each epoch: `epoch`, `position`, `seconds`, `train/…` (means over the epoch's examples,
+    whatever the sizes of its batches) and what `experiment.evaluate` measures. The state is checkpointed before the first
+    step, every `every` steps, after each epoch, and when interrupted.
+
+    `interrupted` is asked after every step: when it says so, the state is checkpointed and the loop ends. Killed at any
+    moment and called again, it ends with the same parameters, bit for bit, as if nothing had happened.
+
+    Raises `RunError` when another process trains in the directory, the checkpoint is of another experiment, or a
+    loss is not finite.
+    """
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ArgumentError(f"every must be a number of steps of at least 1, got {every!r}")
+    with run.locked():
+        return _Loop(experiment, run, every, observers, interrupted).run()
+
+
+class _Loop:
+    def __init__(
+        self, experiment: Experiment, run: Run, every: int | None, observers: Sequence[Observer], interrupted: Callable[[], bool]
+    ) -> None:
+        self.experiment, self.directory, self.every = experiment, run, every
+        self.observers, self.interrupted = observers, interrupted
+        self.length = len(experiment.train)
+        self.sums = _EpochSums({})
+        self.initial = ""
+
+    def run(self) -> Trained:
+        state, skipped = self._start()
+        self._tell(Started(position(state), self.experiment.steps, self.length, skipped))
+        stopped = position(state) < self.experiment.steps and self.interrupted()
+        with self._batches() as batches:
+            while position(state) < self.experiment.steps and not stopped:
+                state, stopped = self._epoch(state, batches)
+        return Trained(state, self.directory.rows(), stopped)
+
+    def _start(self) -> tuple[Any, list[str]]:
+        initial = self.experiment.initial()
+        self.initial = hash_tree(initial)
+        known = self.directory.checkpoints
+        if not known.positions():
+            self.directory.truncate(-1)
+            self._save(initial, 0, time.perf_counter())
+            return initial, []
+        loaded = known.load(initial)
+        if loaded.record.get("initial") != self.initial:
+            raise RunError(
+                f"the run in {self.directory.path} began from other initial params than this experiment has: its program, "
+                "config or data have changed; train anew in another directory"
+            )
+        self.directory.truncate(loaded.position)
+        self.sums = _EpochSums(loaded.record["sums"])
+        return loaded.state, loaded.skipped
+
+    def _batches(self) -> Any:
+        source = self.experiment.train
+        return prefetch(source, self.experiment.depth) if self.experiment.depth else nullcontext(source)
+
+    def _epoch(self, state: Any, batches: Any) -> tuple[Any, bool]:
+        begun = time.perf_counter()
+        first = position(state)
+        rest = self.length - first % self.length
+        for done, (state, metrics) in enumerate(fold(self.experiment.step, state, batches, steps=rest), first + 1):
+            self.sums.add(done, metrics)
+            self._tell(Stepped(done, metrics))
+            if done == first + rest:
+                break
+            if self.interrupted():
+                self._save(state, done, begun)
+                return state, True
+            if self.every and done % self.every == 0:
+                self._save(state, done, begun)
+        self._close(state, first + rest, begun)
+        return state, first + rest < self.experiment.steps and self.interrupted()
+
+    def _close(self, state: Any, done: int, begun: float) -> None:
+        row = {"epoch": done // self.length, "position": done} | self.sums.row()
+        if self.experiment.evaluate is not None:
+            row |= self.experiment.evaluate(state)
+        row["seconds"] = self.sums.seconds + time.perf_counter() - begun
+        # The row first: killed in between, the epoch is done again and its row is written again, once.
+        self.directory.log(row)
+        self.sums = _EpochSums({})
+        self._save(state, done, time.perf_counter())
+        self._tell(EpochEnded(row))
+
+    def _save(self, state: Any, done: int, begun: float) -> None:
+        sums = self.sums.record(time.perf_counter() - begun)
+        self.directory.checkpoints.save(state, done, {"initial": self.initial, "sums": sums})
+        self._tell(Saved(done))
+
+    def _tell(self, event: Event) -> None:
+        for observer in self.observers:
+            observer(event)
+
+
+class _EpochSums:
+    """Weighted sums of an epoch's metrics, which a checkpoint in its middle takes along."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.sums: dict[str, float] = dict(record.get("sums", {}))
+        self.weight: float = record.get("weight", 0.0)
+        self.seconds: float = record.get("seconds", 0.0)
+        self.waiting: list[tuple[int, Metrics]] = []
+
+    def add(self, done: int, metrics: Metrics) -> None:
+        self.waiting.append((done, metrics))
+        # Reading a number waits for the device: not at every step.
+        if len(self.waiting) >= 64:
+            self._drain()
+
+    def _drain(self) -> None:
+        for done, metrics in self.waiting:
+            weight, loss = float(metrics["weight"]), float(metrics["loss"])
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the loss is {loss} at step {done} (the batch of position {done - 1}): the newest checkpoint is from before; "
+                    "look at that batch, source(position), or lower the learning rate"
+                )
+            self.weight += weight
+            for name, value in metrics.items():
+                if name != "weight":
+                    self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+        self.waiting = []
+
+    def row(self) -> dict[str, float]:
+        self._drain()
+        return {f"train/{name}": total / self.weight for name, total in self.sums.items()}
+
+    def record(self, seconds: float) -> dict[str, Any]:
+        self._drain()
+        return {"sums": dict(self.sums), "weight": self.weight, "seconds": self.seconds + seconds}
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGINT and SIGTERM only set a flag, which the function given tells; a second SIGINT raises.
+
+    Only the main thread can catch signals: elsewhere the flag is never set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    caught: list[int] = []
+
+    def catch(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
