@@ -81,7 +81,7 @@ def _facts(program: Program) -> dict[str, Any]:
     return {
         "program": str(program.path.resolve()),
         "program_sha256": hashlib.sha256(program.path.read_bytes()).hexdigest(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "functrain": ft.__version__},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "functrain": ft.__version__},
         "machine": platform.machine(),
     }
 

@@ -121,7 +121,7 @@ class _Skeletons:
 
     def __init__(self, module: nn.Module) -> None:
         self.name = type(module).__name__
-        self._template = _serve_dropout(copy.deepcopy(module).to("meta"))
+        self._template = _serve_dropout(_without_memory(module))
         self._placeholders = [*self._template.parameters(), *self._template.buffers()]
         self._local = threading.local()
 
@@ -135,6 +135,15 @@ class _Skeletons:
             module = copy.deepcopy(self._template, {id(leaf): leaf for leaf in self._placeholders})
             known[training] = _Skeleton(module if training is None else module.train(training))
         return known[training]
+
+
+def _without_memory(module: nn.Module) -> nn.Module:
+    # `.to("meta")` would untie shared parameters; a copy that is told what becomes of each tensor keeps them tied.
+    memo: dict[int, Any] = {
+        id(leaf): nn.Parameter(torch.empty_like(leaf, device="meta"), leaf.requires_grad) for leaf in module.parameters()
+    }
+    memo |= {id(leaf): torch.empty_like(leaf, device="meta") for leaf in module.buffers()}
+    return copy.deepcopy(module, memo)
 
 
 def _serve_dropout(module: nn.Module) -> nn.Module:
@@ -170,14 +179,20 @@ class _Skeleton:
             if isinstance(child, _NORMS) and child.training and child.track_running_stats
         ]
         for path, child in module.named_modules():
-            if isinstance(child, _UNKEYED) and child.training and (getattr(child, "p", 0) or getattr(child, "dropout", 0)):
+            if isinstance(child, _UNKEYED) and child.training and _draws(child):
                 raise ArgumentError(
                     f"{path or 'the module'} ({type(child).__name__}) draws dropout from the global generator, which "
                     "cannot be replayed: set its dropout to 0 and add an nn.Dropout, or use apply.eval()"
                 )
 
     def run(
-        self, params: dict[str, Tensor], buffers: dict[str, Tensor], key: Tensor | None, threaded: bool, inputs: Any, keywords: Any
+        self,
+        params: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        key: Tensor | None,
+        threaded: bool,
+        inputs: tuple[Any, ...],
+        keywords: dict[str, Any],
     ) -> Any:
         if params.keys() != self.params.keys():
             raise TreeError(f"params do not fit {type(self.module).__name__}: {_differ(self.params, params)}")
@@ -211,6 +226,11 @@ class _Skeleton:
         for dropout in self.dropouts:
             dropout.key = key
         return before
+
+
+def _draws(module: nn.Module) -> bool:
+    chance: Any = getattr(module, "dropout", None) or getattr(module, "p", None)
+    return bool(chance)
 
 
 def _slots(module: nn.Module, kind: str) -> dict[str, list[Slot]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functrain.core import loss as losses
 from functrain.core import random, reduce, tree
-from functrain.core.errors import ArgumentError, TreeError
+from functrain.core.errors import ArgumentError, LossError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.reduce import Gradient, Reducer
 from functrain.core.transforms import inside_transform
@@ -54,7 +54,7 @@ class Grad:
         losses.missing(self.uses, carry, key)
         keys = random.example_keys(key, size) if key is not None and "key" in self.uses else None
         flat, spec = tree.flatten(params)
-        if not all(leaf.is_floating_point() for leaf in flat):
+        if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flat):
             raise TreeError(_not_floating(params))
         rest = (batch, carry, keys)
         take = _by_transform if inside_transform() or _tracked(flat, rest) else _by_autograd
@@ -116,7 +116,10 @@ Objective = Callable[[tuple[Tensor, ...]], tuple[Tensor, losses.Totals]]
 def _by_autograd(objective: Objective, flat: tuple[Tensor, ...]) -> tuple[list[Tensor], losses.Totals]:
     with torch.enable_grad():
         leaves = tuple(leaf.detach().requires_grad_() for leaf in flat)
+        versions = [leaf._version for leaf in leaves]
         value, totals = objective(leaves)
+        if versions != [leaf._version for leaf in leaves]:
+            raise LossError("the loss changed its params in place: work on a copy, a loss is a pure function")
         if not value.requires_grad:
             return [torch.zeros_like(leaf) for leaf in flat], totals
         grads = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -140,7 +143,8 @@ def _by_transform(objective: Objective, flat: tuple[Tensor, ...]) -> tuple[list[
 
 
 def _not_floating(params: Tree) -> str:
-    wrong = [f"{path!r} is {leaf.dtype}" for path, leaf in tree.named(params).items() if not leaf.is_floating_point()]
+    kinds = {path: getattr(leaf, "dtype", None) or type(leaf).__name__ for path, leaf in tree.named(params).items()}
+    wrong = [f"{path!r} is {kind}" for path, kind in kinds.items() if not getattr(kind, "is_floating_point", False)]
     return f"gradients are defined for floating params; {', '.join(wrong)}: keep such tensors in the carry or the batch"
 
 

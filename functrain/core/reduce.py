@@ -67,7 +67,8 @@ def add(left: Tree | None, right: Tree | None) -> Tree | None:
     if isinstance(left, Tensor):
         return left + right
     if isinstance(left, Gradient) and isinstance(right, Gradient):
-        return Gradient(*(add(a, b) for a, b in zip(left._replace(carry=None), right._replace(carry=None))))
+        grads, loss, weight, _, aux = (add(a, b) for a, b in zip(left, right._replace(carry=None)))
+        return Gradient(grads, loss, weight, None, aux)  # type: ignore[arg-type]
     return tree.map(torch.add, left, right)
 
 

@@ -71,7 +71,7 @@ def seqloss(loss: Callable[..., Any]) -> Callable[..., Losses]:
             carry = row.carry
             rows.append(row)
         columns = zip(*(row._replace(carry=None) for row in rows))
-        values, weights, aux, _ = (None if column[0] is None else _over_time(column) for column in columns)
+        values, weights, aux, _ = (_over_time(column) for column in columns)
         return Losses(values, weights, aux, carry)
 
     # The signature is the declaration: the loss over time declares what the loss over one step does.
@@ -85,7 +85,7 @@ def seqloss(loss: Callable[..., Any]) -> Callable[..., Losses]:
 
 
 def _over_time(column: tuple[Tree, ...]) -> Tree:
-    return tree.map(lambda *steps: torch.stack(steps, dim=1), *column)
+    return None if column[0] is None else tree.map(lambda *steps: torch.stack(steps, dim=1), *column)
 
 
 def tbptt(inner: Any, window: int, start: Start = None) -> Any:
@@ -156,7 +156,8 @@ class Tbptt:
 
     def explain(self) -> Stage:
         """The window, and the gradient inside."""
-        return Stage(f"tbptt, windows of {self.window}", {"carry": "crosses windows, cut off from the gradient"}, [explain(self.grad)])
+        facts = {"carry": "crosses windows, cut off from the gradient"}
+        return Stage(f"tbptt, windows of {self.window}", facts, [explain(self.grad)])
 
 
 def _step(step: Step, window: int, start: Start) -> Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from functrain.core import random, tree
 from functrain.core.errors import ArgumentError, DonatedError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.grad import as_gradient
-from functrain.core.optim.base import Optimizer, apply_updates
+from functrain.core.optim.base import Hyper, Optimizer, Schedule, apply_updates, resolve
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
@@ -95,7 +95,13 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         check_owned(state)
         key = random.fold_in(state.key, state.position) if "key" in grad.uses else None
         taken = grad.finished(state.params, batch, carry=state.carry, key=key)
-        if fused is not None and _plain(state):
+        carry, plain = state.carry if taken.carry is None else taken.carry, _plain(state)
+        if plain:
+            # A loss may hand its params on as carry: they are about to change, in this step or a donating one.
+            flat, spec = tree.flatten(carry)
+            carry = tree.unflatten(spec, apart(flat, tree.leaves(state.params)))
+        versions = {id(leaf): leaf._version for leaf in tree.leaves(state)} if donate and plain else {}
+        if fused is not None and plain:
             with torch.no_grad():
                 old = state.params, state.opt
                 buffers = old if donate else tree.map(torch.clone, old)
@@ -103,10 +109,9 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         else:
             updates, opt = optimizer.update(taken.grads, state.opt, state.params)
             params = apply_updates(state.params, updates)
-        carry = state.carry if taken.carry is None else taken.carry
         metrics = {"loss": taken.loss, "weight": taken.weight, **_scheduled(optimizer, state.opt), **_measures(taken.aux)}
         new = State(params, opt, carry, state.key, state.position + 1)
-        return (taken_over(state, new) if donate and _plain(state) else new), metrics
+        return (taken_over(state, new, versions) if donate and plain else new), metrics
 
     def stage() -> Stage:
         kernel = "torch's fused kernel" if fused else "tensor arithmetic"
@@ -130,10 +135,9 @@ def _plain(state: State) -> bool:
 
 
 def _scheduled(optimizer: Any, state: Any) -> Metrics:
-    from functrain.core.optim.base import Schedule, resolve
-
-    scheduled = {n: s for n, s in getattr(optimizer, "settings", {}).items() if isinstance(s, Schedule)}
-    return resolve(scheduled, state.hyper, state.count) if scheduled else {}
+    settings: dict[str, Hyper] = getattr(optimizer, "settings", {})
+    scheduled = {name: value for name, value in settings.items() if isinstance(value, Schedule)}
+    return resolve({**scheduled}, state.hyper, state.steps) if scheduled else {}
 
 
 def _measures(aux: Tree) -> Metrics:
@@ -155,19 +159,28 @@ def moved(leaf: Tensor) -> Tensor:
     return mine
 
 
-def taken_over(old: Tree, new: Tree) -> Tree:
-    """`new`, with every buffer that it shares with `old` moved over, and the rest of `old` emptied.
+def taken_over(old: Tree, new: Tree, versions: dict[int, int]) -> Tree:
+    """`new`, with every buffer of `old` that was written to moved over, and what it does not share with `old` emptied.
 
-    An old state can then never be mistaken for a whole one.
+    `versions` are those of old's leaves, by id, from before the step. An old state can then never be mistaken for
+    a whole one. A leaf handed through as it was (a key, a hyperparameter) stays: other states may share it.
     """
-    before = tree.leaves(old)
     flat, spec = tree.flatten(new)
-    shared = {id(leaf) for leaf in before}
-    mine = [moved(leaf) if id(leaf) in shared else leaf for leaf in flat]
-    for leaf in before:
-        if leaf.ndim != 1 or leaf.numel():
-            moved(leaf)
-    return tree.unflatten(spec, mine)
+    shared = {id(leaf) for leaf in flat}
+    handed = {id(leaf) for leaf in tree.leaves(old) if id(leaf) in shared and leaf._version == versions[id(leaf)]}
+    mine = {id(leaf): moved(leaf) for leaf in tree.leaves(old) if id(leaf) not in handed}
+    return tree.unflatten(spec, [mine.get(id(leaf), leaf) for leaf in flat])
+
+
+def apart(leaves: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves, cloned where they share memory with one of `others` or with an earlier leaf."""
+    taken = {leaf.untyped_storage()._cdata for leaf in others}
+    mine = []
+    for leaf in leaves:
+        own = leaf.clone() if leaf.untyped_storage()._cdata in taken else leaf
+        taken.add(own.untyped_storage()._cdata)
+        mine.append(own)
+    return mine
 
 
 def check_owned(state: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def inside_transform() -> bool:
@@ -17,3 +18,15 @@ def inside_transform() -> bool:
 def inside_tracing() -> bool:
     """Whether the caller is being traced by torch.compile, torch.export or `make_fx`."""
     return torch.compiler.is_compiling() or torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None
+
+
+def computed_once(value: Tensor) -> Tensor:
+    """`value`, which a compiler is to compute once and store, not again wherever it is used.
+
+    Every round of a hash uses its input twice, so a chain of hashes that a compiler inlines into its consumers grows as
+    2ⁿ: inductor took 139 s over a small network with one dropout layer, and 19 s with this (17 s without dropout).
+    """
+    if not inside_tracing() or inside_transform():
+        return value
+    # Inductor stores what a strided view is taken of.
+    return value.as_strided(value.shape, value.stride())

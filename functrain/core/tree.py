@@ -15,10 +15,11 @@ from functrain.core.errors import ArgumentError, TreeError
 Tree = Any
 Item = TypeVar("Item")
 
-flatten = optree.tree_flatten
-unflatten = optree.tree_unflatten
-leaves = optree.tree_leaves
-structure = optree.tree_structure
+# optree's own functions, by the names that read well after `tree.`: nothing is wrapped, nothing costs more.
+flatten: Callable[[Tree], tuple[list[Any], Any]] = optree.tree_flatten
+unflatten: Callable[[Any, Iterable[Any]], Tree] = optree.tree_unflatten
+leaves: Callable[[Tree], list[Any]] = optree.tree_leaves
+structure: Callable[[Tree], Any] = optree.tree_structure
 
 
 def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -191,7 +192,7 @@ def batch_size(batch: Tree) -> int:
     tensors = leaves(batch)
     if not tensors:
         raise TreeError("the batch has no leaves: expected tensors of shape (N, …)")
-    sizes = [tuple(leaf.shape)[0] if getattr(leaf, "ndim", 0) else None for leaf in tensors]
+    sizes = [leaf.shape[0] if getattr(leaf, "ndim", 0) else None for leaf in tensors]
     first = sizes[0]
     if first is None or any(size != first for size in sizes):
         seen = ", ".join(

@@ -42,13 +42,17 @@ class Arrays(Source):
 
     def get(self, i: int, epoch: int) -> Tree:
         return tree.unflatten(
-            self.structure, [leaf[i].clone() if isinstance(leaf, Tensor) else row(leaf, i) for leaf in self.leaves]
+            self.structure,
+            [leaf[i].clone() if isinstance(leaf, Tensor) else row(leaf, i) for leaf in self.leaves],
         )
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         return tree.unflatten(
             self.structure,
-            [_picked(leaf, indices) if isinstance(leaf, Tensor) else rows(leaf, indices) for leaf in self.leaves],
+            [
+                _picked(leaf, indices) if isinstance(leaf, Tensor) else rows(leaf, indices)
+                for leaf in self.leaves
+            ],
         )
 
     def facts(self) -> dict[str, str]:
@@ -68,7 +72,9 @@ def _checked(leaf: Any, name: str) -> Tensor | np.ndarray:
     if isinstance(leaf, np.ndarray) and readable(leaf.dtype):
         return np.asarray(leaf)
     kind = f"an array of {leaf.dtype}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
-    raise TreeError(f"leaf {name!r} is {kind}: arrays takes tensors, and NumPy arrays of bool, int, float or complex")
+    raise TreeError(
+        f"leaf {name!r} is {kind}: arrays takes tensors, and NumPy arrays of bool, int, float or complex"
+    )
 
 
 def _picked(leaf: Tensor, indices: np.ndarray) -> Tensor:
@@ -77,7 +83,16 @@ def _picked(leaf: Tensor, indices: np.ndarray) -> Tensor:
 
 _NUMPY = frozenset(
     (
-        *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32),
+        *(
+            torch.bool,
+            torch.uint8,
+            torch.uint16,
+            torch.uint32,
+            torch.uint64,
+            torch.int8,
+            torch.int16,
+            torch.int32,
+        ),
         *(torch.int64, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),
     )
 )

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import h5py
 
 
-def hdf5(path: str | os.PathLike[str], group: str | None = None, *, datasets: Sequence[str] | None = None) -> HDF5:
+def hdf5(
+    path: str | os.PathLike[str], group: str | None = None, *, datasets: Sequence[str] | None = None
+) -> HDF5:
     """A source over the datasets `(N, …)` of an HDF5 file: element i is `{name: row i}`.
 
     - `group`: where the datasets lie; default the root. If it names a dataset, elements are its bare rows.
@@ -43,7 +45,9 @@ def hdf5(path: str | os.PathLike[str], group: str | None = None, *, datasets: Se
     >>> folder.cleanup()
     """
     if isinstance(datasets, str):
-        raise ArgumentError(f"datasets takes a list of names: datasets=[{datasets!r}], or group={datasets!r} for bare rows")
+        raise ArgumentError(
+            f"datasets takes a list of names: datasets=[{datasets!r}], or group={datasets!r} for bare rows"
+        )
     return HDF5(os.fspath(path), group, datasets)
 
 
@@ -87,7 +91,11 @@ class HDF5(Source):
 
     def facts(self) -> dict[str, str]:
         where = {"file": self.path, **({"group": self.group} if self.group else {})}
-        return {**where, **super().facts(), **{name or "elements": str(layout) for name, layout in self.layouts.items()}}
+        return {
+            **where,
+            **super().facts(),
+            **{name or "elements": str(layout) for name, layout in self.layouts.items()},
+        }
 
 
 def _layouts(
@@ -99,20 +107,22 @@ def _layouts(
     if isinstance(base, h5py.Dataset):
         if datasets is not None:
             raise ArgumentError(f"{group!r} is a dataset: give its group, or leave datasets= out")
-        return True, {"": layout_of(base, path)}
+        return True, {"": layout_of(base, path, group or "")}
+    prefix = base.name.rstrip("/")
     if datasets is None:
         chosen = {name: base[name] for name in base if isinstance(base.get(name), h5py.Dataset)}
         if not chosen:
-            raise DataError(f"{base.name!r} in {path!r} holds no datasets, but {listing(base)}: name a group with group=…")
+            raise DataError(
+                f"{base.name!r} in {path!r} holds no datasets, but {listing(base)}: name a group with group=…"
+            )
     else:
-        prefix = base.name.rstrip("/")
         chosen = {name: found(file, path, f"{prefix}/{name}") for name in datasets}
         if not chosen:
             raise ArgumentError("datasets is empty: name at least one, or leave it out to read all")
     for name, dataset in chosen.items():
         if not isinstance(dataset, h5py.Dataset):
             raise DataError(f"{name!r} in {path!r} is a group, not a dataset: it holds {listing(dataset)}")
-    return False, {name: layout_of(dataset, path) for name, dataset in chosen.items()}
+    return False, {name: layout_of(dataset, path, f"{prefix}/{name}") for name, dataset in chosen.items()}
 
 
 def _common_length(path: str, layouts: dict[str, Layout]) -> int:
@@ -145,7 +155,9 @@ class _Map:
         # Reading a page past the end of the file kills the process (SIGBUS): ask for its size first, at 0.5 µs.
         size = self.memory.size()
         if size < end:
-            raise DataError(f"{self.path!r} shrank to {size} bytes since it was opened; dataset {name!r} needs {end}")
+            raise DataError(
+                f"{self.path!r} shrank to {size} bytes since it was opened; dataset {name!r} needs {end}"
+            )
 
 
 class _Mapped:
@@ -162,7 +174,9 @@ class _Mapped:
 
     def rows(self, where: slice | np.ndarray) -> Tensor:
         self._memory.check(self._end, self._layout.name)
-        picked = self._bytes[where].copy() if isinstance(where, slice) else np.take(self._bytes, where, axis=0)
+        picked = (
+            self._bytes[where].copy() if isinstance(where, slice) else np.take(self._bytes, where, axis=0)
+        )
         return tensor(picked.view(self._layout.dtype).reshape(-1, *self._layout.shape[1:]))
 
 
@@ -185,9 +199,11 @@ def readmmap(path: str | os.PathLike[str], dataset: str) -> np.ndarray:
         item = found(file, path, dataset)
         if not isinstance(item, h5py.Dataset):
             raise DataError(f"{dataset!r} in {path!r} is a group, not a dataset: it holds {listing(item)}")
-        layout = layout_of(item, path)
+        layout = layout_of(item, path, dataset)
     if layout.offset is None:
-        raise DataError(f"dataset {layout.name!r} in {path!r} cannot be memory-mapped. It is {layout.reason}; hdf5() does")
+        raise DataError(
+            f"dataset {layout.name!r} in {path!r} cannot be memory-mapped. It is {layout.reason}; hdf5() does"
+        )
     return np.memmap(path, layout.dtype, "r", layout.offset, layout.shape)
 
 
@@ -231,12 +247,16 @@ class _Through:
         try:
             dataset = self._file.here()[self._layout.name]
             if dataset.shape != self._layout.shape or dataset.dtype != self._layout.dtype:
-                raise DataError(f"dataset {self._layout.name!r} in {self._file.path!r} changed since it was opened")
+                raise DataError(
+                    f"dataset {self._layout.name!r} in {self._file.path!r} changed since it was opened"
+                )
             return tensor(dataset[where] if isinstance(where, slice) else self._scattered(dataset, where))
         except DataError:
             raise
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise DataError(f"dataset {self._layout.name!r} in {self._file.path!r} cannot be read: {error}") from error
+            raise DataError(
+                f"dataset {self._layout.name!r} in {self._file.path!r} cannot be read: {error}"
+            ) from error
 
     def _scattered(self, dataset: h5py.Dataset, indices: np.ndarray) -> np.ndarray:
         # h5py takes increasing indices only, each once.

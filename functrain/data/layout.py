@@ -65,10 +65,14 @@ def open_file(path: str) -> h5py.File:
     except OSError as error:
         text = str(error)
         if "truncated" in text:
-            raise DataError(f"{path!r} is truncated: it is shorter than its own header says. Write it again ({text})") from error
+            raise DataError(
+                f"{path!r} is truncated: it is shorter than its own header says. Write it again ({text})"
+            ) from error
         if "signature not found" in text:
             size = os.path.getsize(path)
-            raise DataError(f"{path!r} is not an HDF5 file ({size} bytes, without HDF5's signature)") from error
+            raise DataError(
+                f"{path!r} is not an HDF5 file ({size} bytes, without HDF5's signature)"
+            ) from error
         raise DataError(f"{path!r} cannot be opened: {text}") from error
     except RuntimeError as error:
         raise DataError(f"{path!r} is damaged: {error}") from error
@@ -95,9 +99,12 @@ def listing(group: h5py.Group) -> str:
     return (", ".join(repr(name) for name in names[:20]) + (" …" if len(names) > 20 else "")) or "nothing"
 
 
-def layout_of(dataset: h5py.Dataset, path: str) -> Layout:
-    """The layout of a dataset; `DataError` where its elements cannot become rows of a tensor."""
-    name = dataset.name.strip("/")
+def layout_of(dataset: h5py.Dataset, path: str, name: str) -> Layout:
+    """The layout of a dataset; `DataError` where its elements cannot become rows of a tensor.
+
+    `name` is where it was found: behind an external link, its own name is one in another file.
+    """
+    name = name.strip("/")
     where = f"dataset {name!r} in {path!r}"
     dtype, shape = dataset.dtype, dataset.shape
     if not readable(dtype):
@@ -129,7 +136,9 @@ def _hindrance(dataset: h5py.Dataset, path: str) -> str | None:
     if kind == h5py.h5d.CHUNKED:
         return _chunked(dataset)
     if kind != h5py.h5d.CONTIGUOUS:
-        return {h5py.h5d.COMPACT: "compact, inside the header", h5py.h5d.VIRTUAL: "virtual"}.get(kind, "of unknown layout")
+        return {h5py.h5d.COMPACT: "compact, inside the header", h5py.h5d.VIRTUAL: "virtual"}.get(
+            kind, "of unknown layout"
+        )
     if plist.get_external_count():
         return "stored in an external file"
     # Behind an external link, the offset is one in another file.
@@ -141,7 +150,10 @@ def _hindrance(dataset: h5py.Dataset, path: str) -> str | None:
     if not h5py.h5t.py_create(dataset.dtype, logical=True).equal(dataset.id.get_type()):
         return "stored in a number format that NumPy does not have"
     # An unallocated dataset has no offset, or a meaningless one where the file has a user block.
-    if dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize or dataset.id.get_offset() is None:
+    if (
+        dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize
+        or dataset.id.get_offset() is None
+    ):
         return "not allocated: all fill value"
     return "without bytes" if not dataset.size else None
 
@@ -156,7 +168,16 @@ def _chunked(dataset: h5py.Dataset) -> str:
 
 
 def _filter(described: tuple[int, int, tuple[int, ...], bytes]) -> str:
-    known = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf", 32015: "zstd"}
+    known = {
+        1: "gzip",
+        2: "shuffle",
+        3: "fletcher32",
+        4: "szip",
+        5: "nbit",
+        6: "scaleoffset",
+        32000: "lzf",
+        32015: "zstd",
+    }
     return known.get(described[0], f"filter {described[0]}")
 
 

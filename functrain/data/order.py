@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -43,7 +44,10 @@ class Shuffle(Reordered):
         return permuted(positions, len(self), self.seed, epoch)
 
     def facts(self) -> dict[str, str]:
-        return {**super().facts(), "order": f"a bijection keyed by seed {self.seed} and epoch, computed, not stored"}
+        return {
+            **super().facts(),
+            "order": f"a bijection keyed by seed {self.seed} and epoch, computed, not stored",
+        }
 
 
 class Shard(Reordered):
@@ -88,11 +92,11 @@ def split(source: Source, fractions: tuple[float, ...], seed: int | None) -> tup
     if not fractions or not valid or sum(fractions) > 1 + 1e-9:
         raise ArgumentError(f"split takes fractions above 0 that sum to at most 1, got {fractions}")
     length = len(source)
-    # fsum: 0.1 three times is 0.3, not the next float after it, which could move a bound.
+    # fsum: ten times 0.1 is 1, and leaves no rest.
     bounds = [0, *(min(length, round(length * math.fsum(fractions[: n + 1]))) for n in range(len(fractions)))]
     if math.fsum(fractions) < 1 - 1e-9:
         bounds.append(length)
-    pairs = list(zip(bounds, bounds[1:]))
+    pairs = list(itertools.pairwise(bounds))
     if any(start == stop for start, stop in pairs):
         sizes = ", ".join(str(stop - start) for start, stop in pairs)
         raise ArgumentError(f"split{fractions} of {length} elements leaves a part empty (sizes {sizes})")

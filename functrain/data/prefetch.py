@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -15,7 +16,7 @@ from functrain.core.tree import Tree
 from functrain.data.source import Source
 
 
-def prefetch(source: Source | Iterable[Tree], depth: int = 2) -> Prefetch:
+def prefetch(source: Source | Iterable[Tree], depth: int = 4) -> Prefetch:
     """Load the next `depth` elements of a source, or of any iterable, in a thread, while the last one is worked on.
 
     Inside its `with` block it gives the same elements in the same order, one epoch of them; of a source,
@@ -37,7 +38,7 @@ def prefetch(source: Source | Iterable[Tree], depth: int = 2) -> Prefetch:
 class Prefetch:
     """Elements of `source`, loaded ahead; see `prefetch`. `length` is that of the source, None where not known."""
 
-    def __init__(self, source: Source | Iterable[Tree], depth: int = 2) -> None:
+    def __init__(self, source: Source | Iterable[Tree], depth: int = 4) -> None:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ArgumentError(f"depth must be an int of at least 1, got {depth!r}")
         if not isinstance(source, (Source, Iterable)):
@@ -77,18 +78,23 @@ class Prefetch:
         """The elements at positions start … stop−1 of `source.repeat()`; without end unless `stop` is given."""
         self._check()
         if not isinstance(self.source, Source):
-            raise ArgumentError("between needs a source, whose elements have positions; this is a plain iterable")
+            raise ArgumentError(
+                "between needs a source, whose elements have positions; this is a plain iterable"
+            )
         if start < 0 or (stop is not None and stop < start):
             raise ArgumentError(f"between takes 0 ≤ start ≤ stop, got start={start}, stop={stop}")
         if start == stop:
             return iter(())
         endless = self.source if self.source.length is None else self.source.repeat()
         places = itertools.count(start) if stop is None else iter(range(start, stop))
-        return self._open(map(endless.get, places, itertools.repeat(0)).__next__)
+        # A generator, and not map(): it turns a StopIteration that a source lets slip into an error.
+        return self._open((endless.get(place, 0) for place in places).__next__)
 
     def _check(self) -> None:
         if not self._entered:
-            raise ArgumentError("prefetch loads in a thread, which has to end: use it as `with prefetch(source) as batches:`")
+            raise ArgumentError(
+                "prefetch loads in a thread, which has to end: use it as `with prefetch(source) as batches:`"
+            )
 
     def _open(self, load: Callable[[], Tree]) -> _Stream:
         if self._stream is not None:
@@ -129,8 +135,11 @@ class _Stream(Iterator[Tree]):
         for _ in range(depth):
             self._free.put(True)
         arguments = (load, self._ready, self._free, self._closed)
-        self._thread = threading.Thread(target=_produce, args=arguments, name="functrain-prefetch", daemon=False)
+        self._thread = threading.Thread(
+            target=_produce, args=arguments, name="functrain-prefetch", daemon=False
+        )
         self._thread.start()
+        weakref.finalize(self, _let_go, self._free, self._closed).atexit = False
 
     @property
     def alive(self) -> bool:
@@ -138,12 +147,14 @@ class _Stream(Iterator[Tree]):
         return self._over is None
 
     def __next__(self) -> Tree:
-        if self._over is not None:
-            raise ArgumentError(self._over)
         if self._done:
             raise StopIteration
+        if self._over is not None:
+            raise ArgumentError(self._over)
         if os.getpid() != self._pid:
-            raise ArgumentError("this prefetch belongs to the process that opened it: open one after the fork")
+            raise ArgumentError(
+                "this prefetch belongs to the process that opened it: open one after the fork"
+            )
         try:
             item = self._ready.get()
             self._free.put(True)
@@ -163,10 +174,14 @@ class _Stream(Iterator[Tree]):
         """End the thread and drop what was loaded; taking from the stream is an error from now on."""
         if self._over is None:
             self._over = reason
-        self._closed.set()
-        self._free.put(False)
+        _let_go(self._free, self._closed)
         if os.getpid() == self._pid:
-            self._thread.join()
+            try:
+                self._thread.join()
+            except KeyboardInterrupt:
+                # The thread still ends with the load under way; a second interrupt leaves it to do so alone.
+                self._thread.join()
+                raise
         self._ready = SimpleQueue()
 
 
@@ -184,6 +199,11 @@ def _produce(
         error = problem
     finally:
         ready.put(_End(error))
+
+
+def _let_go(free: SimpleQueue[bool], closed: threading.Event) -> None:
+    closed.set()
+    free.put(False)
 
 
 def _turn(free: SimpleQueue[bool]) -> bool:

@@ -113,7 +113,9 @@ class Source:
         from functrain.data.order import Shuffle
 
         if seed is None:
-            raise ArgumentError("shuffle needs a seed, so that the order can be had again: source.shuffle(seed=0)")
+            raise ArgumentError(
+                "shuffle needs a seed, so that the order can be had again: source.shuffle(seed=0)"
+            )
         return Shuffle(self.finite("shuffle"), _integer("seed", seed))
 
     def batch(self, size: int, drop_last: bool = False) -> Source:
@@ -185,6 +187,20 @@ class Source:
         from functrain.data.order import split
 
         return split(self.finite("split"), fractions, None if seed is None else _integer("seed", seed))
+
+    def windows(self, size: int, stride: int | None = None) -> Source:
+        """Sequences of `size` neighbours, one every `stride` (default: `size`), stacked to `(size, …)`.
+
+        What is left over at the end is dropped. Raises `ArgumentError` where not one window fits.
+
+        >>> import functrain as ft, torch
+        >>> [w.tolist() for w in ft.arrays(torch.arange(7)).windows(3, stride=2)]
+        [[0, 1, 2], [2, 3, 4], [4, 5, 6]]
+        """
+        from functrain.data.windows import Windows
+
+        size = _integer("size", size, 1)
+        return Windows(self, size, size if stride is None else _integer("stride", stride, 1))
 
     def repeat(self, epochs: int | None = None) -> Source:
         """Epoch after epoch: position p is element p mod L of epoch p // L; without end unless `epochs` is given.

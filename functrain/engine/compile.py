@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
 
 from functrain.core import tree
 from functrain.core.errors import ArgumentError, FunctrainError
 from functrain.core.explain import Stage, explain
-from functrain.core.step import Metrics, Step, check_owned, moved, taken_over
+from functrain.core.step import Metrics, Step, apart, check_owned, moved, taken_over
 from functrain.core.tree import Tree
-
-Graph = Callable[..., Any]
 
 
 def compiled(step: Step, *, donate: bool = True) -> Step:
@@ -52,7 +52,7 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
         if graph is None:
             try:
                 graph = graphs[signature] = _Graph(step, state, batch, donate)
-            except _NoCompiler as error:
+            except _NoCompilerError as error:
                 eager = True
                 warnings.warn(f"no C++ compiler ({error}): the step runs uncompiled", RuntimeWarning, stacklevel=2)
                 return _eager(step, state, batch, donate)
@@ -69,13 +69,14 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
     return Step(step.init, update, stage, donate)
 
 
-class _NoCompiler(Exception):
+class _NoCompilerError(Exception):
     pass
 
 
 def _eager(step: Step, state: Any, batch: Tree, donate: bool) -> tuple[Any, Metrics]:
+    versions = {id(leaf): leaf._version for leaf in tree.leaves(state)}
     new, metrics = step.update(state, batch)
-    return (taken_over(state, new) if donate and not step.donates else new), metrics
+    return (taken_over(state, new, versions) if donate and not step.donates else new), metrics
 
 
 class _Graph:
@@ -87,7 +88,9 @@ class _Graph:
         size = len(flat_state)
         self.donate = donate
         self.results: Any = None
-        self.changed: list[int] = []
+        self.written: list[int] = []
+        self.replaced: list[int] = []
+        in_place = donate
 
         def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
             old = leaves[:size]
@@ -96,60 +99,119 @@ class _Graph:
             if spec != state_spec:
                 raise FunctrainError(f"the step changes the structure of its state: {tree.difference(state, new)}")
             # A leaf that the step hands through (a key, a hyperparameter) is no output of the graph.
-            self.changed = [place for place, (leaf, before) in enumerate(zip(fresh, old)) if leaf is not before]
+            changed = [place for place, (leaf, before) in enumerate(zip(fresh, old)) if leaf is not before]
             measured, self.results = tree.flatten(metrics)
-            outputs = _apart([fresh[place] for place in self.changed] + measured, leaves)
-            if not donate:
-                return tuple(outputs)
-            for place, leaf in zip(self.changed, outputs):
-                old[place].copy_(leaf)
-            return tuple(outputs[len(self.changed) :])
+            outputs = apart([fresh[place] for place in changed] + measured, leaves)
+            self.written = [place for place in changed if in_place and _fits(fresh[place], old[place])]
+            self.replaced = [place for place in changed if place not in self.written]
+            for place, leaf in zip(changed, outputs):
+                if place in self.written:
+                    old[place].copy_(leaf)
+            places = changed + [-1] * len(measured)
+            return tuple(leaf for place, leaf in zip(places, outputs) if place not in self.written)
 
         self.spec, self.size = state_spec, size
-        self.run = _compile(flat, [*flat_state, *flat_batch])
+        examples = [*flat_state, *flat_batch]
+        graph = _traced(flat, examples)
+        if donate and _hands_on(graph):
+            # The old buffers are still emptied; the new ones are the graph's own.
+            in_place = False
+            graph = _traced(flat, examples)
+        self.run = _compile(graph, examples)
 
     def __call__(self, given: list[Tensor]) -> tuple[Any, Metrics]:
         with torch.no_grad():
             outputs = list(self.run(*given))
         leaves = given[: self.size]
-        if self.donate:
-            for place in self.changed:
-                leaves[place] = moved(leaves[place])
-        else:
-            for place, leaf in zip(self.changed, outputs):
-                leaves[place] = leaf
-            outputs = outputs[len(self.changed) :]
-        return tree.unflatten(self.spec, leaves), tree.unflatten(self.results, outputs)
+        for place in self.written:
+            leaves[place] = moved(leaves[place])
+        for place, leaf in zip(self.replaced, outputs):
+            if self.donate:
+                moved(leaves[place])
+            leaves[place] = leaf
+        return tree.unflatten(self.spec, leaves), tree.unflatten(self.results, outputs[len(self.replaced) :])
 
 
-def _apart(outputs: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The outputs, cloned where they share memory with an input: donated buffers are about to be written to."""
-    taken = {leaf.untyped_storage()._cdata for leaf in inputs}
-    return [leaf.clone() if leaf.untyped_storage()._cdata in taken else leaf for leaf in outputs]
+def _fits(leaf: Tensor, buffer: Tensor) -> bool:
+    # A carry may change its shape from batch to batch: copied into the old buffer it would be broadcast, or cast.
+    return leaf.shape == buffer.shape and leaf.dtype == buffer.dtype
 
 
-def _compile(function: Callable[..., Any], examples: list[Tensor]) -> Graph:
+def _traced(function: Callable[..., Any], examples: list[Tensor]) -> GraphModule:
     # Traced at the level of operators and given to inductor directly: no guards are checked at each call
     # (233 µs against 301 µs by torch.compile for an MLP of 64-128-128-10), and no Python feature is out of bounds.
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.no_grad():
-        try:
-            # The trace runs the step once, on copies: a donating step writes into what it is given.
-            graph = make_fx(function)(*[leaf.clone() for leaf in examples])
-        except RuntimeError as error:
-            if "tracing tensor" not in str(error):
-                raise
-            raise FunctrainError(
-                "the step is not one graph, it reads the value of a tensor (an if, float() or .item() in the loss): use "
-                "torch.where, or run the step uncompiled"
-            ) from error
-        try:
-            # The signature already fixes sizes and strides: checking them again costs 20 µs a call.
-            unchecked = {"size_asserts": False, "alignment_asserts": False}
-            return torch._inductor.compile(graph, list(examples), options=unchecked)  # type: ignore[no-any-return]
-        except (InvalidCxxCompiler, InductorError) as error:
-            if isinstance(error, InvalidCxxCompiler) or "InvalidCxxCompiler" in str(error):
-                raise _NoCompiler(str(error).strip().split("\n")[0]) from error
+    try:
+        # The trace runs the step once, on copies: a donating step writes into what it is given.
+        with torch.no_grad():
+            return make_fx(function)(*map(_copy, examples))
+    except RuntimeError as error:
+        if "tracing tensor" not in str(error):
             raise
+        raise FunctrainError(
+            "the step is not one graph, it reads the value of a tensor (an if, float() or .item() in the loss): use "
+            "torch.where, or run the step uncompiled"
+        ) from error
+
+
+def _copy(leaf: Tensor) -> Tensor:
+    # clone() makes an expanded or sliced tensor dense, and the trace would then be that of other strides.
+    copy = leaf.clone()
+    return copy if copy.stride() == leaf.stride() else leaf
+
+
+def _hands_on(graph: GraphModule) -> bool:
+    """Whether a value that the graph gives out is nothing but (part of) one of its inputs, moved or copied.
+
+    Inductor (torch 2.13) takes copies out of a graph, and then reads such a value after the buffer that it came from
+    has been written to: a carry of the old params would be that of the new ones.
+    """
+    (given,) = graph.graph.output_node().args
+    assert isinstance(given, tuple | list)
+    values = [*given, *(node.args[1] for node in graph.graph.nodes if _writes_input(node))]
+    return any(_origin(value).op == "placeholder" for value in values if isinstance(value, Node))
+
+
+def _writes_input(node: Node) -> bool:
+    target = node.args[0] if node.target is torch.ops.aten.copy_.default else None
+    return isinstance(target, Node) and target.op == "placeholder"
+
+
+_COPIES = ("clone", "_to_copy", "lift_fresh_copy", "constant_pad_nd", "pow", "_unsafe_view")
+
+
+def _origin(node: Node) -> Node:
+    while isinstance(node.target, OpOverload):
+        name = node.target.overloadpacket.__name__
+        if name in ("copy", "copy_"):
+            source = node.args[1]
+        elif name == "cat":
+            (source,) = found if isinstance(found := node.args[0], list | tuple) and len(found) == 1 else (None,)
+        elif name in _COPIES or node.target.is_view:
+            source = node.args[0]
+        else:
+            break
+        # A copy that is written to afterwards (batch norm's buffers) is another value.
+        if not isinstance(source, Node) or any(_mutates(user) for user in node.users):
+            break
+        node = source
+    return node
+
+
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and not _writes_input(node)
+
+
+def _compile(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    try:
+        # The signature already fixes sizes and strides: checking them again costs 20 µs a call.
+        unchecked = {"size_asserts": False, "alignment_asserts": False}
+        with torch.no_grad():
+            return torch._inductor.compile(graph, list(examples), options=unchecked)
+    except (InvalidCxxCompiler, InductorError) as error:
+        if isinstance(error, InvalidCxxCompiler) or "InvalidCxxCompiler" in str(error):
+            raise _NoCompilerError(str(error).strip().split("\n")[0]) from error
+        raise

@@ -37,6 +37,7 @@ def evaluate(loss: Callable[..., Any], params: Tree, source: Any, *, carry: Tree
     with torch.no_grad():
         for position, batch in enumerate(source):
             keys = random.example_keys(random.fold_in(key, position), checked_size(batch)) if "key" in uses else None
+            losses.missing(uses, carry, keys)
             sums = losses.total(loss, uses, params, batch, carry, keys)
             # Sums over many batches outgrow float32.
             doubled = tree.map(torch.Tensor.double, (sums.loss, sums.weight, sums.aux))

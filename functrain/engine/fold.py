@@ -93,7 +93,8 @@ def repeat(step: Step, steps: int) -> Step:
     def update(state: Any, batches: Tree) -> tuple[Any, Metrics]:
         height = tree.batch_size(batches)
         if height != steps:
-            raise ArgumentError(f"repeat takes {steps} batches stacked, got {height}: use source.batch({steps}, drop_last=True)")
+            advice = f"source.batch({steps}, drop_last=True)"
+            raise ArgumentError(f"repeat takes {steps} batches stacked, got {height}: make them with {advice}")
         rows = []
         for batch in tree.unstack(batches):
             state, metrics = step.update(state, batch)

@@ -100,7 +100,10 @@ class Parallel:
                 yield self.reduce.lift(gradient._replace(carry=None))
 
         merged = tree.tree_reduce(self.reduce.merge, lifted())
-        return _WithCarry(merged, self._joined(carries, sizes)) if "carry" in self.uses else merged
+        if "carry" not in self.uses:
+            return merged
+        joined = self._joined(carries, sizes)
+        return merged._replace(carry=joined) if isinstance(merged, Gradient) else _WithCarry(merged, joined)
 
     def finished(self, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None) -> Gradient:
         """The reduced gradient, finished: what the optimizer gets."""
@@ -120,7 +123,8 @@ class Parallel:
             "randomness": "cut with the batch" if "key" in self.uses else "none",
         }
         if self.plan.how == "threads":
-            facts["workers"] = f"{self.workers}, {self._intra_op()} intra-op threads each; looped inside a transform or compiler"
+            inside = "looped inside a transform or compiler"
+            facts["workers"] = f"{self.workers}, {self._intra_op()} intra-op threads each; {inside}"
         facts["exact"] = "yes: the bits do not depend on workers" if self.exact else "no: equal up to rounding"
         return Stage(f"parallel, {self.parts} parts", facts, [explain(self.grad)])
 
@@ -161,15 +165,14 @@ class Parallel:
         return taken
 
     def _stacked(self, params: Tree, parts: list[Part]) -> list[Gradient]:
-        shared = not self.lanes
-        moved = [part._replace(carry=None) if shared else part for part in parts]
-        flat, spec = tree.flatten(tree.stack(moved))
+        # A shared carry is stacked too: vmap refuses to write batched statistics into buffers that are not.
+        flat, spec = tree.flatten(tree.stack(parts))
         result = None
 
         def one(*leaves: Tensor) -> tuple[Tensor, ...]:
             nonlocal result
             part = tree.unflatten(spec, leaves)
-            gradient = self.grad(params, part.batch, carry=parts[0].carry if shared else part.carry, key=part.keys)
+            gradient = self.grad(params, part.batch, carry=part.carry, key=part.keys)
             outputs, result = tree.flatten(gradient)
             return tuple(outputs)
 

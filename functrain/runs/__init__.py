@@ -13,3 +13,4 @@ from functrain.runs.store import load_named as load_named
 from functrain.runs.store import load_tree as load_tree
 from functrain.runs.store import save_tree as save_tree
 from functrain.runs.table import Table as Table
+from functrain.runs.train import train as train

@@ -65,8 +65,8 @@ class Checkpoints:
         """Write the checkpoint of `position`, then remove those older than the `keep` newest.
 
         When there is a whole one with the same content already, that one stays. Raises `TreeError` for a
-        state that cannot be stored, `DonatedError` for one that a step has taken over, `RunError` when writing
-        fails.
+        state that cannot be stored, `DonatedError` for one that a step has taken over, and `RunError` when
+        writing fails.
         """
         if type(position) is not int or position < 0:
             raise ArgumentError(f"position must be an int of at least 0, got {position!r}")

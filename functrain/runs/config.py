@@ -77,10 +77,9 @@ def config_from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
 
 
 def config_from_flags(cls: type[Config], args: Sequence[str], prog: str) -> Config:
-    """The config of the dataclass `cls` that command-line `args` describe: a flag a field, its docstring as help.
+    """The config of the dataclass `cls` that command-line `args` describe: a flag a field, with its help.
 
-    For wrong flags (for `--help`) it prints what is wrong (the help) and raises `SystemExit` with code 2 (0), as
-    a command should.
+    Wrong flags (or `--help`) print what is wrong (or the help) and raise `SystemExit` with code 2 (or 0).
 
     >>> @dataclasses.dataclass
     ... class Digits:
@@ -97,8 +96,12 @@ def config_from_flags(cls: type[Config], args: Sequence[str], prog: str) -> Conf
     return tyro.cli(cls, args=list(args), prog=prog)
 
 
+def _is_dataclass(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
 def _check_dataclass(cls: Any) -> None:
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+    if not _is_dataclass(cls):
         name = getattr(cls, "__name__", repr(cls))
         raise ConfigError(f"{name} is no config: expected a dataclass with typed fields")
 
@@ -107,18 +110,14 @@ def _check_dataclass(cls: Any) -> None:
 
 
 class _MisfitError(Exception):
-    """Values that do not fit their type: where in the config (`.field`, `[place]`), and why."""
-
-    def __init__(self, *found: tuple[str, str]) -> None:
-        super().__init__(*found)
-        self.found = list(found)
+    """Values that do not fit their type, as its arguments: where (`.field`, `[place]`), and why."""
 
 
 def _problems(error: BaseException, path: str = "") -> list[tuple[str, str]]:
     from cattrs.errors import ClassValidationError, IterableValidationError
 
     if isinstance(error, _MisfitError):
-        return [(path + inner, text) for inner, text in error.found]
+        return [(path + inner, text) for inner, text in error.args]
     if isinstance(error, (ClassValidationError, IterableValidationError)):
         noted, others = error.group_exceptions()
         found = [item for inner in others for item in _problems(inner, path)]
@@ -177,10 +176,6 @@ def _converter() -> Any:
 
 def _bare(kind: Any) -> Any:
     return get_origin(kind) or kind
-
-
-def _is_dataclass(kind: Any) -> bool:
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _is_union(kind: Any) -> bool:

@@ -23,8 +23,8 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
     """The curves in `rows`: for each measure and split, where it was measured and what it was.
 
     A key "train/loss" is the measure `loss` on the split `train`; a key without "/" is a measure of its own.
-    The place is the row's `epoch`, else its `position`, else its number. Keys that a row lacks are left out, and
-    so are texts and clocks.
+    The place is the row's `epoch`, else its `position`, else its number. Keys that a row lacks are left out,
+    and so are texts and clocks.
 
     >>> curves([{"epoch": 1, "train/loss": 0.9, "lr": 0.1}, {"epoch": 2, "train/loss": 0.5}])
     {'loss': {'train': ([1.0, 2.0], [0.9, 0.5])}, 'lr': {'': ([1.0], [0.1])}}

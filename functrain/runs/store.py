@@ -201,8 +201,10 @@ def hash_tree(tree: Tree) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(tree).items()):
         digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
-        raw = _dense(name, leaf).cpu().reshape(-1).view(torch.uint8).numpy()
-        digest.update(raw.data)
+        dense = _dense(name, leaf).cpu()
+        # A view of one element counts as contiguous whatever its stride, but not as bytes.
+        flat = dense.as_strided((dense.numel(),), (1,))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

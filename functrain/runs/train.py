@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
-
 from functrain.core.errors import ArgumentError, RunError
 from functrain.core.step import Metrics
 from functrain.data.prefetch import prefetch
@@ -60,7 +58,12 @@ def train(
 
 class _Loop:
     def __init__(
-        self, experiment: Experiment, run: Run, every: int | None, observers: Sequence[Observer], interrupted: Callable[[], bool]
+        self,
+        experiment: Experiment,
+        run: Run,
+        every: int | None,
+        observers: Sequence[Observer],
+        interrupted: Callable[[], bool],
     ) -> None:
         self.experiment, self.directory, self.every = experiment, run, every
         self.observers, self.interrupted = observers, interrupted
@@ -103,15 +106,15 @@ class _Loop:
         begun = time.perf_counter()
         first = position(state)
         rest = self.length - first % self.length
-        for done, (state, metrics) in enumerate(fold(self.experiment.step, state, batches, steps=rest), first + 1):
+        steps = fold(self.experiment.step, state, batches, steps=rest)
+        for done, (state, metrics) in enumerate(steps, first + 1):
             self.sums.add(done, metrics)
             self._tell(Stepped(done, metrics))
-            if done == first + rest:
-                break
-            if self.interrupted():
+            inside = done < first + rest
+            if inside and self.interrupted():
                 self._save(state, done, begun)
                 return state, True
-            if self.every and done % self.every == 0:
+            if inside and self.every and done % self.every == 0:
                 self._save(state, done, begun)
         self._close(state, first + rest, begun)
         return state, first + rest < self.experiment.steps and self.interrupted()
@@ -157,8 +160,8 @@ class _EpochSums:
             weight, loss = float(metrics["weight"]), float(metrics["loss"])
             if not math.isfinite(loss):
                 raise RunError(
-                    f"the loss is {loss} at step {done} (the batch of position {done - 1}): the newest checkpoint is from before; "
-                    "look at that batch, source(position), or lower the learning rate"
+                    f"the loss is {loss} at step {done} (the batch of position {done - 1}); the newest checkpoint is "
+                    "from before: look at that batch, or lower the learning rate"
                 )
             self.weight += weight
             for name, value in metrics.items():

@@ -22,9 +22,9 @@ from functrain.core.tree import Tree
 
 
 class AdamState(NamedTuple):
-    """The count of updates t, the first and second moments m and v, the hyperparameters."""
+    """The number of updates taken t, the first and second moments m and v, the hyperparameters."""
 
-    count: Tensor
+    steps: Tensor
     first: Tree
     second: Tree
     hyper: dict[str, Any]
@@ -74,8 +74,8 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         checked_grads(grads, params)
-        now = resolve(settings, state.hyper, state.count)
-        count = state.count + 1
+        now = resolve(settings, state.hyper, state.steps)
+        count = state.steps + 1
         flat, spec = tree.flatten(params)
         rows = [
             _leaf(g, m, v, p, now, count, decoupled)
@@ -87,15 +87,17 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
 
     def fused(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
         checked_grads(grads, params)
-        now = {name: value.item() for name, value in resolve(settings, state.hyper, state.count).items()}
-        count = state.count + 1
+        now = {name: value.item() for name, value in resolve(settings, state.hyper, state.steps).items()}
+        count = state.steps + 1
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-        flat = tree.leaves(params)
+        flat, spec = tree.flatten(params)
+        rows = [_alike(*row) for row in zip(flat, *map(tree.leaves, (grads, state.first, state.second)))]
+        new, g, first, second = ([row[column] for row in rows] for column in range(4))
         kernel(
-            flat,
-            tree.leaves(grads),
-            tree.leaves(state.first),
-            tree.leaves(state.second),
+            new,
+            g,
+            first,
+            second,
             [],
             [count.to(torch.float32)] * len(flat),
             lr=now["lr"],
@@ -106,9 +108,17 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
             amsgrad=False,
             maximize=False,
         )
-        return params, state._replace(count=count)
+        moments = tree.unflatten(spec, first), tree.unflatten(spec, second)
+        return tree.unflatten(spec, new), AdamState(count, *moments, state.hyper)
 
     return Optimizer(init, update, fused, name, settings)
+
+
+def _alike(*leaves: Tensor) -> tuple[Tensor, ...]:
+    # The fused kernel walks memory, not indices: where strides differ (a gradient is often transposed, or expanded
+    # from one number) it would mix elements up, or read past the end.
+    first = leaves[0].stride()
+    return leaves if all(leaf.stride() == first for leaf in leaves) else tuple(leaf.contiguous() for leaf in leaves)
 
 
 def _leaf(
@@ -130,4 +140,5 @@ def _leaf(
     change = -size * m / (v.sqrt() / root + cast(now["eps"]))
     if decoupled:
         change = change - cast(lr * decay) * p
-    return change, m, v
+    # 0-d leaves of half precision would be widened by the 0-d hyperparameters.
+    return change.to(p.dtype), m.to(p.dtype), v.to(p.dtype)

@@ -138,7 +138,13 @@ def with_hyper(state: State, **values: float | Tensor) -> State:
             raise ArgumentError(f"no hyperparameter {name!r}: expected one of {', '.join(tree.quoted(known))}")
 
     def replaced(name: str, old: Tensor) -> Tensor:
-        return torch.as_tensor(values[name], dtype=old.dtype, device=old.device) if name in values else old
+        if name not in values:
+            return old
+        value = torch.as_tensor(values[name], dtype=old.dtype, device=old.device)
+        if value.ndim and value.shape != old.shape:
+            raise ArgumentError(f"{name} has shape {tuple(old.shape)} in the state, got {tuple(value.shape)}")
+        # Of a population, one number is meant for every member.
+        return value.expand(old.shape).clone()
 
     new = {
         name: {key: replaced(f"{name}_{key}", old) for key, old in value.items()}

@@ -23,9 +23,9 @@ from functrain.core.tree import Tree
 
 
 class SgdState(NamedTuple):
-    """The count of updates, the momentum buffers (None without momentum), the hyperparameters."""
+    """The number of updates taken, the momentum buffers (None without momentum), the hyperparameters."""
 
-    count: Tensor
+    steps: Tensor
     momentum: Tree
     hyper: dict[str, Any]
 
@@ -58,16 +58,16 @@ def sgd(
 
     def update(grads: Tree, state: SgdState, params: Tree) -> tuple[Tree, SgdState]:
         checked_grads(grads, params)
-        now = resolve(settings, state.hyper, state.count)
+        now = resolve(settings, state.hyper, state.steps)
         if "weight_decay" in now:
             grads = tree.map(lambda g, p: g + now["weight_decay"].to(p.dtype) * p, grads, params)
         buffers, used = state.momentum, grads
         if buffers is not None:
-            buffers = used = tree.map(lambda b, g: _buffer(b, g, now, state.count), buffers, grads)
+            buffers = used = tree.map(lambda b, g: _buffer(b, g, now, state.steps), buffers, grads)
             if nesterov:
                 used = tree.map(lambda g, b: g + now["momentum"].to(g.dtype) * b, grads, buffers)
         updates = tree.map(lambda u: -now["lr"].to(u.dtype) * u, used)
-        return updates, SgdState(state.count + 1, buffers, state.hyper)
+        return updates, SgdState(state.steps + 1, buffers, state.hyper)
 
     return Optimizer(init, update, None, "sgd", settings | ({"nesterov": True} if nesterov else {}))
 

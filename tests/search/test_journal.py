@@ -1,0 +1,85 @@
+"""The journal, as it is left behind by searches that end well and by those that do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from functrain.core.errors import RunError
+from functrain.search.journal import Journal
+
+RECORDS = [{"key": "a", "score": 1.0}, {"key": "b", "score": "nan"}, {"key": "é", "error": "two\nlines"}]
+
+
+def filled(folder: Path) -> Path:
+    with Journal(folder) as journal:
+        for record in RECORDS:
+            journal.append(record)
+    return folder / "journal.jsonl"
+
+
+def test_what_is_appended_is_read_again(tmp_path: Path) -> None:
+    path = filled(tmp_path / "deep" / "search")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == RECORDS
+    with Journal(path.parent) as journal:
+        assert list(journal.records.values()) == RECORDS
+        journal.append({"key": "a", "score": 2.0})
+    with Journal(path.parent) as journal:
+        assert journal.records["a"] == {"key": "a", "score": 2.0}
+        assert len(journal.records) == 3
+
+
+def test_every_length_of_a_half_written_last_line_is_tolerated(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    whole = path.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    for length in range(start, len(whole)):
+        path.write_bytes(whole[:length])
+        with Journal(tmp_path) as journal:
+            assert list(journal.records) == ["a", "b"]
+            journal.append(RECORDS[2])
+        assert path.read_bytes() == whole
+
+
+def test_damage_in_the_middle_is_an_error_that_names_the_line(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damage in (b"{]\n", b"3\n", b"{}\n", b"\xff\n"):
+        path.write_bytes(lines[0] + damage + lines[2])
+        with pytest.raises(RunError, match=r"line 2 of .*journal\.jsonl is damaged"), Journal(tmp_path):
+            pass
+
+
+def test_a_directory_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="could not open the journal"), Journal(tmp_path / "file"):
+        pass
+
+
+HOLDER = """
+import sys
+from functrain.search.journal import Journal
+with Journal(sys.argv[1]) as journal:
+    journal.append({"key": "a"})
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_until_it_dies(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="in use by another search"), Journal(tmp_path):
+            pass
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    with Journal(tmp_path) as journal:
+        assert list(journal.records) == ["a"]

@@ -1,0 +1,378 @@
+"""Searches as a user runs them: scores, failures, workers, directories, interruptions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trials
+
+import functrain as ft
+from functrain.core.errors import ArgumentError, FunctrainError, RunError
+from functrain.search import Scored, grid, grid_search, nested
+from functrain.search.keep import unpack
+
+HERE = Path(__file__).parent
+
+
+def spawned(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+# --- scores ---
+
+
+def test_the_best_is_first_and_ties_go_by_declaration() -> None:
+    result = grid_search(trials.parabola, grid(x=[0, 2, 4, 3.5, 6]))
+    assert [trial.config["x"] for trial in result.trials] == [3.5, 2, 4, 0, 6]
+    assert (result.best, result.score, result.state) == ({"x": 3.5}, -0.25, None)
+    least = grid_search(trials.parabola, grid(x=[0, 2, 6]), maximize=False)
+    assert [trial.config["x"] for trial in least.trials] == [0, 6, 2]
+    assert least.best == {"x": 0}
+
+
+def test_ties_go_by_declaration_whichever_ends_first() -> None:
+    first_may_end = threading.Event()
+
+    def trial(config: dict[str, Any]) -> Scored:
+        if config["x"] == 0:
+            assert first_may_end.wait(60)
+        else:
+            first_may_end.set()
+        return Scored(1.0, {"x": torch.tensor(config["x"])})
+
+    result = grid_search(trial, grid(x=[0, 1]), workers=2)
+    assert result.best == {"x": 0}
+    assert int(result.state["x"]) == 0
+
+
+def test_failures_are_recorded_nan_is_last_and_the_others_go_on() -> None:
+    over = grid(does=["nan", "raise", "text"], x=1) | grid(does="score", x=[1, 2]) | grid(does="inf", x=0)
+    result = grid_search(trials.unsteady, over)
+    assert [trial.config["does"] for trial in result.trials] == ["inf", "score", "score", "nan", "raise", "text"]
+    assert [trial.status for trial in result.trials] == ["done"] * 4 + ["failed"] * 2
+    raised, text = result.trials[-2:]
+    assert raised.error is not None
+    assert "in unsteady" in raised.error
+    assert "ValueError: no good: 1" in raised.error
+    assert math.isnan(raised.score)
+    assert text.error is not None
+    assert "the score is '0.5' (str): a trial returns a number" in text.error
+    table = result.table().splitlines()
+    assert "failed: ValueError: no good: 1" in table[-2]
+    assert len({line.index(" raise") + 6 for line in table[-2:-1]} | {table[0].index("does") + 4}) == 1
+
+
+def test_when_all_fail_it_is_an_error_that_shows_one() -> None:
+    with pytest.raises(FunctrainError, match=r"all 2 trials failed, .*ValueError: no good: 1"):
+        grid_search(trials.unsteady, grid(does="raise", x=[1, 2]))
+
+
+def test_measures_states_and_scores_of_every_numeric_kind() -> None:
+    def trial(config: dict[str, Any]) -> Any:
+        config["x"] = "the trial's own copy"
+        return Scored(torch.tensor(0.5), {"w": torch.ones(2)}, {"loss": torch.tensor(2.0, dtype=torch.bfloat16)})
+
+    result = grid_search(trial, [{"x": 1}])
+    assert result.best == {"x": 1}
+    assert (result.score, result.trials[0].measures, result.trials[0].how) == (0.5, {"loss": 2.0}, "alone")
+    assert result.state["w"].tolist() == [1, 1]
+
+
+def test_a_nested_grid_is_a_table_with_dotted_names() -> None:
+    over = nested([("x", [1, 2]), [("opt", [grid(name="sgd", lr=0.1)])], []])
+    lines = grid_search(trials.parabola, over).table().splitlines()
+    assert lines[0].split() == ["score", "x", "opt.name", "opt.lr", "seconds"]
+    assert lines[1].split()[:5] == ["1", "-1", "2", "sgd", "0.1"]
+    assert lines[2].split()[:5] == ["2", "-1", "2", "-", "-"]
+    assert not any(line != line.rstrip() for line in lines)
+
+
+def test_progress_is_told_in_the_calling_thread() -> None:
+    seen: list[tuple[int, int, float]] = []
+
+    def progress(done: int, total: int, trial: Any) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        seen.append((done, total, trial.score))
+
+    grid_search(trials.parabola, grid(x=range(5)), workers=2, progress=progress)
+    assert [(done, total) for done, total, _ in seen] == [(place, 5) for place in range(1, 6)]
+    assert {score for _, _, score in seen} == {0.0, -1.0, -4.0, -9.0}
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"grid": []}, "no configs"),
+        ({"grid": 3}, "made of configs"),
+        ({"trial": 3}, "trial must be a function"),
+        ({"workers": 0}, "workers must be an int"),
+        ({"executor": 3}, "executor must be"),
+        ({"maximize": "loss"}, "maximize must be"),
+        ({"together": "x"}, r"together=\('x',\)"),
+        ({"together": ("lr",)}, "together names 'lr', and no config has it"),
+    ],
+)
+def test_wrong_arguments(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        grid_search(**{"trial": trials.parabola, "grid": grid(x=[1, 2]), **keywords})
+
+
+def test_an_executor_has_its_own_workers() -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ArgumentError, match="leave workers=2 out"):
+        grid_search(trials.parabola, grid(x=1), executor=pool, workers=2)
+
+
+# --- workers ---
+
+
+def test_every_way_to_run_gives_the_same(tmp_path: Path) -> None:
+    over = grid(x=range(6))
+    alone = grid_search(trials.kept, over)
+    with spawned(2) as processes, ThreadPoolExecutor(2) as pool:
+        ways: list[dict[str, Any]] = [{"workers": 3}, {"workers": None}, {"executor": pool}, {"executor": processes}]
+        for number, way in enumerate(ways):
+            result = grid_search(trials.kept, over, directory=tmp_path / str(number), **way)
+            assert result.best == alone.best == {"x": 3}
+            assert [trial._replace(seconds=0) for trial in result.trials] == [
+                trial._replace(seconds=0) for trial in alone.trials
+            ]
+            assert ft.tree.map(torch.equal, result.state, alone.state) == {"w": True, "half": True}
+            stored = unpack((tmp_path / str(number) / "best.safetensors").read_bytes()).state
+            assert torch.equal(stored["half"], alone.state["half"])
+        assert pool.submit(int, "3").result() == 3
+
+
+def test_experiments_run_in_processes() -> None:
+    over = grid(lr=[0.1, 0.2], start=[0, 1])
+    alone = grid_search(trials.line, over, together=("lr", "start"))
+    with spawned(1) as pool:
+        there = grid_search(trials.line, over, together=("lr", "start"), executor=pool)
+    assert {trial.how for trial in there.trials} == {"population of 4"}
+    assert there.score == pytest.approx(alone.score)
+    assert type(there.state) is ft.State
+
+
+def test_intra_op_threads_are_divided_and_put_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        shared = grid_search(trials.threads, grid(x=range(4)), workers=2)
+        assert {trial.score for trial in shared.trials} == {2.0}
+        assert grid_search(trials.threads, grid(x=1)).score == 4.0
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert not any(name.startswith("functrain-trial") for name in trials.names())
+
+
+def test_the_callers_settings_reach_the_threads() -> None:
+    def trial(config: dict[str, Any]) -> float:
+        return float(torch.is_grad_enabled()) + 2 * torch.is_autocast_enabled("cpu")
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert grid_search(trial, grid(x=1), workers=2).score == 2.0
+
+
+def test_a_trial_that_cannot_be_sent_says_so() -> None:
+    with spawned(1) as pool, pytest.raises(FunctrainError, match="does not pickle"):
+        grid_search(lambda config: 1.0, grid(x=1), executor=pool)
+
+
+def test_a_process_that_dies_costs_no_finished_trial(tmp_path: Path) -> None:
+    over = grid(x=range(4))
+    with spawned(1) as pool, pytest.raises(FunctrainError, match="a worker died"):
+        grid_search(trials.killed, over, executor=pool, directory=tmp_path)
+    told: list[int] = []
+    result = grid_search(trials.parabola, over, directory=tmp_path, progress=lambda done, total, trial: told.append(done))
+    assert len(told) < 4
+    assert result.best == {"x": 3}
+
+
+# --- directories ---
+
+
+def test_a_second_call_runs_what_is_left(tmp_path: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "search"
+    first = grid_search(trials.counted, grid(x=[1, 5], log=log), directory=folder)
+    again = grid_search(trials.counted, grid(x=[1, 5], log=log), directory=folder)
+    assert log.read_text().split() == ["1", "5"]
+    assert again.trials == first.trials
+    assert "kept from the journal: 2 trials" in str(again.explain())
+    more = grid_search(trials.counted, grid(x=[5, 3, 1.0], log=log), directory=folder)
+    assert log.read_text().split() == ["1", "5", "3", "1.0"]
+    assert [trial.config["x"] for trial in more.trials] == [3, 1, 5, 1.0]
+    journal = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert [record["config"]["x"] for record in journal] == [1, 5, 3, 1.0]
+    assert json.loads((folder / "best.json").read_text())["config"]["x"] == 3
+
+
+def test_the_best_state_is_kept_and_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "best.safetensors"
+    seen: list[float] = []
+
+    def progress(done: int, total: int, trial: Any) -> None:
+        seen.append(float(unpack(file.read_bytes()).state["w"][0]))
+        assert json.loads((tmp_path / "best.json").read_text())["config"]["x"] == seen[-1]
+
+    grid_search(trials.kept, grid(x=[0, 5, 1, 3, 2]), directory=tmp_path, progress=progress)
+    assert seen == [0, 5, 5, 3, 3]
+    again = grid_search(trials.kept, grid(x=[3, 9]), directory=tmp_path)
+    assert again.best == {"x": 3}
+    assert again.state["w"].tolist() == [3, 3]
+    assert again.state["half"].dtype == torch.bfloat16
+    assert grid_search(trials.parabola, grid(x=3.0001), directory=tmp_path).state["w"].tolist() == [3, 3]
+
+
+def test_a_better_trial_without_a_state_leaves_none_behind(tmp_path: Path) -> None:
+    grid_search(trials.kept, grid(x=5), directory=tmp_path)
+    assert grid_search(trials.parabola, grid(x=3), directory=tmp_path).state is None
+    assert not (tmp_path / "best.safetensors").exists()
+    assert json.loads((tmp_path / "best.json").read_text())["state"] is None
+
+
+def test_a_trial_that_failed_is_left_to_be_done(tmp_path: Path) -> None:
+    over = grid(x=[0, 1], flag=tmp_path / "flag")
+    first = grid_search(trials.once, over, directory=tmp_path / "search")
+    assert [trial.status for trial in first.trials] == ["done", "failed"]
+    second = grid_search(trials.once, over, directory=tmp_path / "search")
+    assert [trial.status for trial in second.trials] == ["done", "done"]
+    assert second.best["x"] == 1
+
+
+def test_scores_that_json_has_not_come_back(tmp_path: Path) -> None:
+    over = grid(does=["nan", "inf", "score"], x=-1)
+    first = grid_search(trials.unsteady, over, directory=tmp_path)
+    second = grid_search(trials.unsteady, over, directory=tmp_path)
+    assert [repr(trial.score) for trial in first.trials] == [repr(trial.score) for trial in second.trials]
+    assert second.score == math.inf
+
+
+def test_a_directory_ranks_one_way(tmp_path: Path) -> None:
+    grid_search(trials.kept, grid(x=[1, 2]), directory=tmp_path)
+    with pytest.raises(ArgumentError, match=r"maximize=True, .*False was asked for"):
+        grid_search(trials.kept, grid(x=[1, 2]), directory=tmp_path, maximize=False)
+    with pytest.raises(ArgumentError, match="cannot be ranked"):
+        grid_search(trials.line, grid(lr=0.1), directory=tmp_path)
+
+
+def test_damage_in_the_directory_is_named(tmp_path: Path) -> None:
+    grid_search(trials.kept, grid(x=[1, 2]), directory=tmp_path)
+    file = tmp_path / "best.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"could not read .*best\.safetensors"):
+        grid_search(trials.kept, grid(x=[1, 2]), directory=tmp_path)
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(journal.read_text().replace('"score": -4.0', '"score": "four"'))
+    with pytest.raises(RunError, match="is damaged"):
+        grid_search(trials.kept, grid(x=[1, 2]), directory=tmp_path)
+
+
+def test_a_death_between_state_and_journal_loses_nothing(tmp_path: Path) -> None:
+    whole = grid_search(trials.kept, grid(x=[1, 3]), directory=tmp_path)
+    journal = tmp_path / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for rest in (b"", lines[1][:20]):
+        journal.write_bytes(lines[0] + rest)
+        again = grid_search(trials.kept, grid(x=1), directory=tmp_path)
+        assert again.trials == whole.trials
+        assert again.state["w"].tolist() == [3, 3]
+        assert journal.read_bytes().splitlines(keepends=True) == lines
+
+
+# --- interruptions ---
+
+
+PROGRAM = """
+import sys, functrain as ft, trials
+from functrain.search import grid, grid_search
+try:
+    grid_search(trials.{trial}, {over}, workers={workers}, directory=sys.argv[1], together={together})
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+{after}
+"""
+QUIT = "import os; os._exit(0)  # the opaque trial never ends"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_interrupt_reaches_the_caller_and_keeps_the_journal(tmp_path: Path, workers: int) -> None:
+    text = PROGRAM.format(trial="forever", over="grid(x=[0, 1, 2, 3])", workers=workers, together=(), after=QUIT)
+    done = subprocess.run(
+        [sys.executable, "-c", text, str(tmp_path)], cwd=HERE, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "interrupted\n", done.stderr
+    records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert all(record["status"] == "done" and record["config"] == {"x": 0} for record in records)
+    assert workers > 1 or len(records) == 1
+
+
+def test_experiments_stop_at_their_next_step_so_that_the_program_can_end(tmp_path: Path) -> None:
+    over = "grid(lr=[0.1, 0.2], batch=[4, 3], epochs=10**9)"
+    after = "import threading; [t.join() for t in threading.enumerate() if 'trial' in t.name]; print('ended')"
+    text = PROGRAM.format(trial="line", over=over, workers=2, together=("lr",), after=after)
+    command = [sys.executable, "-c", "import threading, os, signal\n" + INTERRUPT + text, str(tmp_path)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "interrupted\nended\n", done.stderr
+    assert not (tmp_path / "journal.jsonl").read_bytes()
+
+
+# Interrupts the program once both experiments are in their hundredth step.
+INTERRUPT = """
+import functrain.search.trial as trial
+seen = {}
+halted_by = trial.halted_by
+import functrain.search.search as search
+def watched(stop):
+    halt = halted_by(stop)
+    def check():
+        name = threading.current_thread().name
+        seen[name] = seen.get(name, 0) + 1
+        if len(seen) == 2 and seen[name] == 100 and all(count >= 100 for count in seen.values()):
+            os.kill(os.getpid(), signal.SIGINT)
+        halt()
+    return check
+search.halted_by = watched
+"""
+
+
+def test_killed_at_any_trial_and_called_again_it_ends_the_same(tmp_path: Path) -> None:
+    over = "grid(x=range(6))"
+    text = PROGRAM.format(trial="kept", over=over, workers=1, together=(), after="")
+    whole = grid_search(trials.kept, grid(x=range(6)), directory=tmp_path / "whole")
+    deadly = "import os, signal, trials\nkept = trials.kept\n" + (
+        "def once(config):\n    if config['x'] == int(os.environ['AT']): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return kept(config)\ntrials.kept = once\n"
+    )
+    for at in (1, 4):
+        command = [sys.executable, "-c", deadly + text, str(tmp_path / "broken")]
+        done = subprocess.run(command, cwd=HERE, env={**os.environ, "AT": str(at)}, capture_output=True, timeout=60)
+        assert done.returncode == -signal.SIGKILL
+    again = grid_search(trials.kept, grid(x=range(6)), directory=tmp_path / "broken")
+    assert [trial._replace(seconds=0) for trial in again.trials] == [trial._replace(seconds=0) for trial in whole.trials]
+    assert torch.equal(again.state["w"], whole.state["w"])
+
+
+def test_an_executor_may_be_anything() -> None:
+    class Backwards(Executor):
+        """Runs what it is given at once."""
+
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            from concurrent.futures import Future
+
+            future: Future[Any] = Future()
+            future.set_result(fn(*args, **kwargs))
+            return future
+
+    assert grid_search(trials.kept, grid(x=[1, 3]), executor=Backwards()).state["w"].tolist() == [3, 3]
