@@ -49,7 +49,7 @@ def text_file(path: Path, characters: int) -> Path:
     if path.exists():
         return path
     pieces: list[bytes] = []
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         pieces.append(file.read_text(encoding="utf-8").encode("ascii", "replace"))
         if sum(map(len, pieces)) >= characters:
             break

@@ -84,7 +84,7 @@ def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """64 random bits an element, as int64: shape `(*key.shape, *shape)`."""
     # That the counter is xor-ed into a key matters: torch 2.13's CPU compiler writes out of bounds when an
     # arange is multiplied by a large constant directly.
-    base = (key ^ _NUMBERS).reshape(*key.shape, *(1 for _ in shape))
+    base = (key ^ _NUMBERS).reshape((*key.shape, *(1 for _ in shape)))
     counter = torch.arange(math.prod(shape), device=key.device).reshape(tuple(shape))
     return _mix(base ^ counter)
 

@@ -96,9 +96,7 @@ def _members(file: h5py.File, path: str) -> tuple[Groups, Datasets]:
             elif isinstance(item, h5py.Group):
                 address = h5py.h5o.get_info(item.id).addr
                 if address in seen or item.file.filename != file.filename:
-                    raise DataError(
-                        f"{name!r} in {path!r} links to group {item.name!r}: only links to datasets are followed"
-                    )
+                    raise DataError(f"{name!r} in {path!r} links to group {item.name!r}: only links to datasets are followed")
                 seen.add(address)
                 groups[name] = item
                 pending.append(name)
@@ -112,9 +110,7 @@ def _checked(members: list[tuple[str, Datasets]], axis: int) -> dict[str, tuple[
     for path, datasets in members[1:]:
         for name in first.keys() ^ datasets.keys():
             has, lacks = (first_path, path) if name in first else (path, first_path)
-            raise DataError(
-                f"dataset {name!r} is in {has!r}, but not in {lacks!r}: all sources must hold the same datasets"
-            )
+            raise DataError(f"dataset {name!r} is in {has!r}, but not in {lacks!r}: all sources must hold the same datasets")
     joined = {}
     for name, model in first.items():
         place = _axis(name, first_path, model, axis)
@@ -130,9 +126,7 @@ def _axis(name: str, path: str, dataset: h5py.Dataset, axis: int) -> int:
     if h5py.check_ref_dtype(dataset.dtype) is not None:
         raise DataError(f"dataset {name!r} in {path!r} holds references, which mean nothing in another file")
     if not dataset.shape:
-        raise DataError(
-            f"dataset {name!r} in {path!r} is a scalar: it has no axis to join along (an attribute could hold it)"
-        )
+        raise DataError(f"dataset {name!r} in {path!r} is a scalar: it has no axis to join along (an attribute could hold it)")
     rank = len(dataset.shape)
     if not -rank <= axis < rank:
         raise DataError(
@@ -143,13 +137,9 @@ def _axis(name: str, path: str, dataset: h5py.Dataset, axis: int) -> int:
 
 def _same(name: str, model: h5py.Dataset, first: str, other: h5py.Dataset, path: str, axis: int) -> None:
     if other.dtype != model.dtype:
-        raise DataError(
-            f"dataset {name!r} is {model.dtype} in {first!r}, but {other.dtype} in {path!r}: convert one of them"
-        )
+        raise DataError(f"dataset {name!r} is {model.dtype} in {first!r}, but {other.dtype} in {path!r}: convert one of them")
     if other.shape is None or len(other.shape) != len(model.shape):
-        raise DataError(
-            f"dataset {name!r} has shape {model.shape} in {first!r}, but {other.shape} in {path!r}: ranks differ"
-        )
+        raise DataError(f"dataset {name!r} has shape {model.shape} in {first!r}, but {other.shape} in {path!r}: ranks differ")
     if any(a != b for d, (a, b) in enumerate(zip(model.shape, other.shape)) if d != axis):
         raise DataError(
             f"dataset {name!r} has shape {model.shape} in {first!r}, but {other.shape} in {path!r}: "
@@ -171,9 +161,7 @@ def _join(output: h5py.File, name: str, datasets: list[h5py.Dataset], axis: int,
             try:
                 joined[there] = dataset[slab]
             except (OSError, RuntimeError) as error:
-                raise DataError(
-                    f"dataset {name!r} in {dataset.file.filename!r} cannot be read: {error}"
-                ) from error
+                raise DataError(f"dataset {name!r} in {dataset.file.filename!r} cannot be read: {error}") from error
         start += dataset.shape[axis]
 
 
@@ -194,9 +182,7 @@ def slabs(
             step -= step % chunks[place]
         steps.append(step)
         budget = max(1, budget // step)
-    ranges = [
-        [slice(n, min(n + step, size)) for n in range(0, size, step)] for size, step in zip(shape, steps)
-    ]
+    ranges = [[slice(n, min(n + step, size)) for n in range(0, size, step)] for size, step in zip(shape, steps)]
     yield from itertools.product(*ranges)
 
 
@@ -206,9 +192,7 @@ def _copy_attributes(origin: Any, target: Any) -> None:
     for key in origin.attrs:
         attribute = origin.attrs.get_id(key)
         inner = [attribute.dtype[field] for field in attribute.dtype.names or ()] + [attribute.dtype]
-        inner += [
-            kind for kind in map(h5py.check_vlen_dtype, inner) if isinstance(kind, type(attribute.dtype))
-        ]
+        inner += [kind for kind in map(h5py.check_vlen_dtype, inner) if isinstance(kind, type(attribute.dtype))]
         # References point into the first file (dimension scales): there is nothing behind them in this one.
         if not any(h5py.check_ref_dtype(kind) for kind in inner):
             target.attrs.create(key, origin.attrs[key], dtype=attribute.dtype)

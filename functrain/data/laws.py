@@ -219,12 +219,12 @@ def _check_failure(source: Source, depth: int, failing: int) -> None:
         stream = iter(batches)
         for i in range(failing):
             assert same(next(stream), source(i)), f"element {i}, before a failing one, differs"
+        surfaced = None
         try:
             next(stream)
         except _DeliberateError as error:
-            assert str(error) == f"element {failing}", "the error of another element surfaced"
-        else:
-            raise AssertionError(f"the error of element {failing} did not surface there")
+            surfaced = str(error)
+        assert surfaced == f"element {failing}", f"at failing element {failing} surfaced: {surfaced or 'no error'}"
         assert next(stream, None) is None, "a stream went on after its error"
 
 

@@ -70,9 +70,7 @@ def open_file(path: str) -> h5py.File:
             ) from error
         if "signature not found" in text:
             size = os.path.getsize(path)
-            raise DataError(
-                f"{path!r} is not an HDF5 file ({size} bytes, without HDF5's signature)"
-            ) from error
+            raise DataError(f"{path!r} is not an HDF5 file ({size} bytes, without HDF5's signature)") from error
         raise DataError(f"{path!r} cannot be opened: {text}") from error
     except RuntimeError as error:
         raise DataError(f"{path!r} is damaged: {error}") from error
@@ -136,9 +134,7 @@ def _hindrance(dataset: h5py.Dataset, path: str) -> str | None:
     if kind == h5py.h5d.CHUNKED:
         return _chunked(dataset)
     if kind != h5py.h5d.CONTIGUOUS:
-        return {h5py.h5d.COMPACT: "compact, inside the header", h5py.h5d.VIRTUAL: "virtual"}.get(
-            kind, "of unknown layout"
-        )
+        return {h5py.h5d.COMPACT: "compact, inside the header", h5py.h5d.VIRTUAL: "virtual"}.get(kind, "of unknown layout")
     if plist.get_external_count():
         return "stored in an external file"
     # Behind an external link, the offset is one in another file.
@@ -150,10 +146,7 @@ def _hindrance(dataset: h5py.Dataset, path: str) -> str | None:
     if not h5py.h5t.py_create(dataset.dtype, logical=True).equal(dataset.id.get_type()):
         return "stored in a number format that NumPy does not have"
     # An unallocated dataset has no offset, or a meaningless one where the file has a user block.
-    if (
-        dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize
-        or dataset.id.get_offset() is None
-    ):
+    if dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize or dataset.id.get_offset() is None:
         return "not allocated: all fill value"
     return "without bytes" if not dataset.size else None
 

@@ -125,10 +125,7 @@ class Repeat(Source):
             return self.source.take(indices % self.period, self._epoch(epoch, first * self.period))
         epochs = indices // self.period
         groups = [np.flatnonzero(epochs == number) for number in np.unique(epochs)]
-        taken = [
-            self.source.take(indices[group] % self.period, self._epoch(epoch, int(indices[group[0]])))
-            for group in groups
-        ]
+        taken = [self.source.take(indices[group] % self.period, self._epoch(epoch, int(indices[group[0]]))) for group in groups]
         places = tree_order(groups)
         return tree.map(lambda leaf: leaf[places], tree.concat(taken))
 

@@ -37,9 +37,7 @@ def rows(array: np.ndarray, indices: np.ndarray) -> Tensor:
 
 def tensor(array: np.ndarray) -> Tensor:
     """A tensor over the memory of `array`, which must be the caller's to give; converted to native byte order."""
-    return torch.from_numpy(
-        np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(array.shape)
-    )
+    return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)).reshape(array.shape))
 
 
 def whole_run(indices: np.ndarray) -> slice | None:

@@ -113,9 +113,7 @@ class Source:
         from functrain.data.order import Shuffle
 
         if seed is None:
-            raise ArgumentError(
-                "shuffle needs a seed, so that the order can be had again: source.shuffle(seed=0)"
-            )
+            raise ArgumentError("shuffle needs a seed, so that the order can be had again: source.shuffle(seed=0)")
         return Shuffle(self.finite("shuffle"), _integer("seed", seed))
 
     def batch(self, size: int, drop_last: bool = False) -> Source:

@@ -73,9 +73,7 @@ def _tensor(leaf: Any) -> Tensor:
         return leaf
     if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
         return torch.as_tensor(leaf)
-    raise TreeError(
-        f"a mapped function returned a leaf of type {type(leaf).__name__}: expected tensors, arrays, numbers"
-    )
+    raise TreeError(f"a mapped function returned a leaf of type {type(leaf).__name__}: expected tensors, arrays, numbers")
 
 
 class Zip(Source):

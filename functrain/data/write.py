@@ -60,9 +60,7 @@ def _leaves(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
         return
     for name, value in tree.items():
         if not isinstance(name, str) or not name or "/" in name or name == ".":
-            raise ArgumentError(
-                f"names in the tree must be strings without '/', got {name!r}: nest dicts to make groups"
-            )
+            raise ArgumentError(f"names in the tree must be strings without '/', got {name!r}: nest dicts to make groups")
         yield from _leaves(value, f"{prefix}/{name}".lstrip("/"))
 
 
@@ -71,9 +69,7 @@ def _array(name: str, leaf: Any) -> np.ndarray:
         raise ArgumentError("a bare array needs a name: write {'x': array}, or give group='x'")
     if isinstance(leaf, Tensor):
         if leaf.dtype is torch.bfloat16 or leaf.layout != torch.strided or leaf.is_quantized:
-            raise ArgumentError(
-                f"leaf {name!r} is a {leaf.dtype}, {leaf.layout} tensor: HDF5 takes it as .float() and dense"
-            )
+            raise ArgumentError(f"leaf {name!r} is a {leaf.dtype}, {leaf.layout} tensor: HDF5 takes it as .float() and dense")
         return leaf.detach().cpu().resolve_conj().resolve_neg().numpy()
     if not isinstance(leaf, (np.ndarray, np.generic)) or leaf.dtype.kind in "OU":
         kind = f"an array of {leaf.dtype}" if isinstance(leaf, np.ndarray) else type(leaf).__name__

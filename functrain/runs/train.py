@@ -74,6 +74,8 @@ class _Loop:
     def run(self) -> Trained:
         state, skipped = self._start()
         self._tell(Started(position(state), self.experiment.steps, self.length, skipped))
+        if not self.directory.checkpoints.positions():
+            self._save(state, 0, time.perf_counter())
         stopped = position(state) < self.experiment.steps and self.interrupted()
         with self._batches() as batches:
             while position(state) < self.experiment.steps and not stopped:
@@ -86,7 +88,6 @@ class _Loop:
         known = self.directory.checkpoints
         if not known.positions():
             self.directory.truncate(-1)
-            self._save(initial, 0, time.perf_counter())
             return initial, []
         loaded = known.load(initial)
         if loaded.record.get("initial") != self.initial:

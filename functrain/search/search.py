@@ -119,8 +119,9 @@ def _submitting(trial: Function, workers: int | None, executor: Executor | None)
     name = f"{count} threads, {share} inside an operation each"
     with intra_op_threads(torch.get_num_threads()):
         pool = ThreadPoolExecutor(count, "functrain-trial", torch.set_num_threads, (share,))
+        inside = _with_settings(partial(_work, trial, stop=stop))
         try:
-            yield _Hands(partial(pool.submit, _with_settings(partial(_work, trial, stop=stop))), count, name)
+            yield _Hands(lambda members: pool.submit(inside, members), count, name)
         except BaseException as error:
             stop.set()
             # A trial that is no experiment cannot be stopped: waiting for it would hold an interrupt back.

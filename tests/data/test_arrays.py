@@ -17,7 +17,10 @@ def test_tensors_of_every_dtype_keep_it(name):
     assert source(2).dtype == tensor.dtype
     assert torch.equal(source(2), tensor[2])
     assert torch.equal(source.batch(4)(0), tensor)
-    assert torch.equal(source.shuffle(0).batch(4)(0).sort(0).values if name != "bool" and "complex" not in name else tensor, tensor)
+    assert torch.equal(
+        source.shuffle(0).batch(4)(0).sort(0).values if name != "bool" and "complex" not in name else tensor,
+        tensor,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["?", ">f4", "<f4", ">i8", "u2", "f2", ">c16"])
@@ -54,9 +57,10 @@ def test_parameters_give_no_gradient():
         (torch.zeros(0, 3), "no elements"),
         ({"x": torch.zeros(3), "y": torch.zeros(4)}, r"x: \(3,\), y: \(4,\)"),
         (torch.tensor(1.0), "same first dimension"),
+        ({"x": torch.eye(3).to_sparse()}, "leaf 'x' is Tensor of torch.sparse_coo"),
         ({"x": [1, 2]}, "leaf 'x.0' is int"),
-        ({"x": np.array(["a"])}, "leaf 'x' is an array of <U1"),
-        ({"x": np.array([object()])}, "an array of object"),
+        ({"x": np.array(["a"])}, "leaf 'x' is ndarray of <U1"),
+        ({"x": np.array([object()])}, "ndarray of object"),
     ],
 )
 def test_what_cannot_be_a_source_says_why(data, message):

@@ -17,7 +17,10 @@ from functrain.data.concat import slabs
 
 def part(path, n, lengths=(3, 4), **options):
     generator = np.random.default_rng(n)
-    arrays = {"x": generator.normal(size=(lengths[0], lengths[1], 2)), "deep": {"y": generator.integers(0, 99, lengths)}}
+    arrays = {
+        "x": generator.normal(size=(lengths[0], lengths[1], 2)),
+        "deep": {"y": generator.integers(0, 99, lengths)},
+    }
     h5write(path, arrays, **options)
     return arrays
 
@@ -106,7 +109,10 @@ def test_a_file_may_be_joined_with_itself(tmp_path):
     ("second", "message"),
     [
         ({"x": np.zeros((2, 3))}, "dataset '/y' is in '.*a.h5', but not in '.*b.h5'"),
-        ({"x": np.zeros((2, 3)), "y": np.zeros(2), "z": np.zeros(2)}, "dataset '/z' is in '.*b.h5', but not in '.*a.h5'"),
+        (
+            {"x": np.zeros((2, 3)), "y": np.zeros(2), "z": np.zeros(2)},
+            "dataset '/z' is in '.*b.h5', but not in '.*a.h5'",
+        ),
         ({"x": np.zeros((2, 4)), "y": np.zeros(2)}, r"\(2, 3\) in .*, but \(2, 4\) in .*axis 0 only"),
         ({"x": np.zeros((2, 3, 1)), "y": np.zeros(2)}, "ranks differ"),
         ({"x": np.zeros((2, 3), "f4"), "y": np.zeros(2)}, "is float64 in .*, but float32 in"),
@@ -138,7 +144,11 @@ def test_arguments_that_make_no_sense_are_named(tmp_path):
         (ArgumentError, (target, []), "sources is empty"),
         (ArgumentError, (target, str(source)), "takes a list of paths"),
         (DataError, (target, [source, tmp_path / "gone.h5"]), "no file"),
-        (DataError, (target, [source], 1), "dataset '/y' in .* has shape (2,): axis must lie in -1 … 0, got 1"),
+        (
+            DataError,
+            (target, [source], 1),
+            "dataset '/y' in .* has shape (2,): axis must lie in -1 … 0, got 1",
+        ),
         (DataError, (target, [source], -2), "got -2"),
         (DataError, (target, [tmp_path / "scalar.h5"]), "is a scalar"),
         (DataError, (target, [tmp_path / "loop.h5"]), "only links to datasets"),
@@ -173,7 +183,7 @@ def test_a_damaged_source_leaves_no_destination(tmp_path):
         raw.seek(offset)
         # Not ff ff over 00 00, which are the same to a Fletcher checksum.
         raw.write(b"\x12\x34")
-    with pytest.raises(DataError, match="dataset '/x' in '.*a.h5' cannot be read"):
+    with pytest.raises(DataError, match=r"dataset '/x' in '.*a\.h5' cannot be read"):
         h5concat(tmp_path / "all.h5", [tmp_path / "a.h5"])
     assert os.listdir(tmp_path) == ["a.h5"]
 

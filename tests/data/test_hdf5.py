@@ -123,7 +123,10 @@ def test_every_layout_is_read_by_its_way(tmp_path, name, userblock):
 
 
 def test_groups_and_datasets_are_chosen(tmp_path):
-    h5write(tmp_path / "a.h5", {"train": {"x": np.zeros((4, 2)), "y": np.arange(4), "deep": {"z": np.ones(4)}}, "w": np.ones(4)})
+    h5write(
+        tmp_path / "a.h5",
+        {"train": {"x": np.zeros((4, 2)), "y": np.arange(4), "deep": {"z": np.ones(4)}}, "w": np.ones(4)},
+    )
     assert list(hdf5(tmp_path / "a.h5")(0)) == ["w"]
     assert sorted(hdf5(tmp_path / "a.h5", "/train/")(0)) == ["x", "y"]
     assert list(hdf5(tmp_path / "a.h5", "train", datasets=["y"])(0)) == ["y"]
@@ -195,7 +198,12 @@ def test_what_is_missing_or_not_to_be_read_is_named(tmp_path):
 def test_files_that_are_not_there_or_not_hdf5(tmp_path):
     (tmp_path / "text.h5").write_text("no HDF5 " * 100)
     (tmp_path / "empty.h5").touch()
-    for name, message in [("gone.h5", "no file"), ("text.h5", "not an HDF5 file"), ("empty.h5", "not an HDF5 file"), ("", "directory")]:
+    for name, message in [
+        ("gone.h5", "no file"),
+        ("text.h5", "not an HDF5 file"),
+        ("empty.h5", "not an HDF5 file"),
+        ("", "directory"),
+    ]:
         for open_it in (hdf5, lambda path: readmmap(path, "x")):
             with pytest.raises(DataError, match=message):
                 open_it(str(tmp_path / name))

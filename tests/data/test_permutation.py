@@ -75,7 +75,11 @@ def test_blocks_and_scattered_positions_agree(length):
 def test_the_order_is_the_one_it_always_was():
     """A run is resumed by its position alone: the order of a seed must not change between versions."""
     assert order(10, 0).tolist() == [9, 0, 8, 4, 3, 1, 6, 2, 7, 5]
-    assert permuted(np.array([0, 10**11, 10**12 - 1]), 10**12, 123, 4).tolist() == [100385236820, 743043529986, 253369195109]
+    assert permuted(np.array([0, 10**11, 10**12 - 1]), 10**12, 123, 4).tolist() == [
+        100385236820,
+        743043529986,
+        253369195109,
+    ]
 
 
 def test_many_threads_see_one_order():

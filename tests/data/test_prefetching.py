@@ -182,24 +182,29 @@ def test_a_stream_that_is_forgotten_ends_its_thread():
     assert not thread.is_alive()
 
 
-def test_an_interrupt_while_waiting_leaves_at_once_and_the_stream_says_so():
+def test_an_interrupt_while_waiting_loses_nothing_in_silence():
     source = Gated()
+    main = threading.main_thread().ident
 
     def interrupt():
-        assert source.begun.acquire(timeout=30)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        source.let.release()
+        while sys._current_frames()[main].f_code.co_name != "__next__":
+            pass
+        signal.pthread_kill(main, signal.SIGINT)
+        for _ in range(100):
+            source.let.release()
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
     with prefetch(source, 2) as batches:
         stream = batches.between(0)
-        with pytest.raises(KeyboardInterrupt):
-            for _ in range(2):
-                next(stream)
-        with pytest.raises(ArgumentError, match="interrupted"):
+        thread = threading.Thread(target=interrupt)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            thread.start()
             next(stream)
-    thread.join()
+        # Interrupted before it waited, it goes on with the first; interrupted later, it says so.
+        try:
+            assert int(next(stream)) == 0
+        except ArgumentError as error:
+            assert "interrupted" in str(error)  # noqa: PT017
+        thread.join()
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -247,7 +252,7 @@ def test_a_cheap_element_costs_microseconds():
             for _ in batches:
                 pass
         costs.append((time.perf_counter() - start) / 5000)
-    # 13 µs on an idle machine; the bound is wide, for machines that are not.
+    # 2 to 13 µs in nearly all runs, 32 in the worst: the bound is wide, for machines that are busy.
     assert min(costs) < 100e-6
 
 

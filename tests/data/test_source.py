@@ -111,7 +111,14 @@ def test_finite_epochs_of_an_endless_stream_go_on():
 
 def test_explain_tells_the_whole_line():
     text = str(explain(TEN.zip(TEN).shuffle(seed=7).shard(1, 2).batch(2)))
-    for part in ("3 of 2", "ragged: 1 elements", "rank 1 of 2", "seed 7", "length: 10", "(10,) int64, in memory"):
+    for part in (
+        "3 of 2",
+        "ragged: 1 elements",
+        "rank 1 of 2",
+        "seed 7",
+        "length: 10",
+        "(10,) int64, in memory",
+    ):
         assert part in text
     assert "dropped" in str(explain(TEN.batch(3, drop_last=True)))
     assert "endless" in str(explain(TEN.repeat().batch(3)))

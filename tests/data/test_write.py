@@ -15,7 +15,11 @@ from functrain.data import h5write, hdf5
 
 def test_nested_dicts_become_groups(tmp_path):
     path = tmp_path / "a.h5"
-    h5write(path, {"train": {"x": torch.ones(3, 2, requires_grad=True), "y": np.arange(3)}, "mean": np.float64(2.5)}, group="/runs/1/")
+    h5write(
+        path,
+        {"train": {"x": torch.ones(3, 2, requires_grad=True), "y": np.arange(3)}, "mean": np.float64(2.5)},
+        group="/runs/1/",
+    )
     with h5py.File(path) as file:
         assert file["runs/1/train/x"][...].tolist() == [[1, 1]] * 3
         assert file["runs/1/mean"][()] == 2.5

@@ -78,7 +78,7 @@ def test_drawn_iterables_give_the_same_items_in_order(depth, length, failing):
             for item in stream:
                 taken.append(item)
         except ZeroDivisionError as error:
-            assert str(error) == str(failing)
+            assert str(error) == str(failing)  # noqa: PT017
             assert len(taken) == failing
         else:
             assert failing >= length

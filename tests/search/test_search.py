@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +12,9 @@ import pytest
 import torch
 import trials
 
-import functrain as ft
 from functrain.core.errors import ArgumentError, FunctrainError, RunError
 from functrain.search import Scored, grid, grid_search, nested
 from functrain.search.keep import unpack
-
-HERE = Path(__file__).parent
-
-
-def spawned(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-
 
 # --- scores ---
 
@@ -129,77 +115,6 @@ def test_wrong_arguments(keywords: dict[str, Any], message: str) -> None:
         grid_search(**{"trial": trials.parabola, "grid": grid(x=[1, 2]), **keywords})
 
 
-def test_an_executor_has_its_own_workers() -> None:
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ArgumentError, match="leave workers=2 out"):
-        grid_search(trials.parabola, grid(x=1), executor=pool, workers=2)
-
-
-# --- workers ---
-
-
-def test_every_way_to_run_gives_the_same(tmp_path: Path) -> None:
-    over = grid(x=range(6))
-    alone = grid_search(trials.kept, over)
-    with spawned(2) as processes, ThreadPoolExecutor(2) as pool:
-        ways: list[dict[str, Any]] = [{"workers": 3}, {"workers": None}, {"executor": pool}, {"executor": processes}]
-        for number, way in enumerate(ways):
-            result = grid_search(trials.kept, over, directory=tmp_path / str(number), **way)
-            assert result.best == alone.best == {"x": 3}
-            assert [trial._replace(seconds=0) for trial in result.trials] == [
-                trial._replace(seconds=0) for trial in alone.trials
-            ]
-            assert ft.tree.map(torch.equal, result.state, alone.state) == {"w": True, "half": True}
-            stored = unpack((tmp_path / str(number) / "best.safetensors").read_bytes()).state
-            assert torch.equal(stored["half"], alone.state["half"])
-        assert pool.submit(int, "3").result() == 3
-
-
-def test_experiments_run_in_processes() -> None:
-    over = grid(lr=[0.1, 0.2], start=[0, 1])
-    alone = grid_search(trials.line, over, together=("lr", "start"))
-    with spawned(1) as pool:
-        there = grid_search(trials.line, over, together=("lr", "start"), executor=pool)
-    assert {trial.how for trial in there.trials} == {"population of 4"}
-    assert there.score == pytest.approx(alone.score)
-    assert type(there.state) is ft.State
-
-
-def test_intra_op_threads_are_divided_and_put_back() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        shared = grid_search(trials.threads, grid(x=range(4)), workers=2)
-        assert {trial.score for trial in shared.trials} == {2.0}
-        assert grid_search(trials.threads, grid(x=1)).score == 4.0
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
-    assert not any(name.startswith("functrain-trial") for name in trials.names())
-
-
-def test_the_callers_settings_reach_the_threads() -> None:
-    def trial(config: dict[str, Any]) -> float:
-        return float(torch.is_grad_enabled()) + 2 * torch.is_autocast_enabled("cpu")
-
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert grid_search(trial, grid(x=1), workers=2).score == 2.0
-
-
-def test_a_trial_that_cannot_be_sent_says_so() -> None:
-    with spawned(1) as pool, pytest.raises(FunctrainError, match="does not pickle"):
-        grid_search(lambda config: 1.0, grid(x=1), executor=pool)
-
-
-def test_a_process_that_dies_costs_no_finished_trial(tmp_path: Path) -> None:
-    over = grid(x=range(4))
-    with spawned(1) as pool, pytest.raises(FunctrainError, match="a worker died"):
-        grid_search(trials.killed, over, executor=pool, directory=tmp_path)
-    told: list[int] = []
-    result = grid_search(trials.parabola, over, directory=tmp_path, progress=lambda done, total, trial: told.append(done))
-    assert len(told) < 4
-    assert result.best == {"x": 3}
-
-
 # --- directories ---
 
 
@@ -289,90 +204,3 @@ def test_a_death_between_state_and_journal_loses_nothing(tmp_path: Path) -> None
         assert again.trials == whole.trials
         assert again.state["w"].tolist() == [3, 3]
         assert journal.read_bytes().splitlines(keepends=True) == lines
-
-
-# --- interruptions ---
-
-
-PROGRAM = """
-import sys, functrain as ft, trials
-from functrain.search import grid, grid_search
-try:
-    grid_search(trials.{trial}, {over}, workers={workers}, directory=sys.argv[1], together={together})
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-{after}
-"""
-QUIT = "import os; os._exit(0)  # the opaque trial never ends"
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_an_interrupt_reaches_the_caller_and_keeps_the_journal(tmp_path: Path, workers: int) -> None:
-    text = PROGRAM.format(trial="forever", over="grid(x=[0, 1, 2, 3])", workers=workers, together=(), after=QUIT)
-    done = subprocess.run(
-        [sys.executable, "-c", text, str(tmp_path)], cwd=HERE, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "interrupted\n", done.stderr
-    records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
-    assert all(record["status"] == "done" and record["config"] == {"x": 0} for record in records)
-    assert workers > 1 or len(records) == 1
-
-
-def test_experiments_stop_at_their_next_step_so_that_the_program_can_end(tmp_path: Path) -> None:
-    over = "grid(lr=[0.1, 0.2], batch=[4, 3], epochs=10**9)"
-    after = "import threading; [t.join() for t in threading.enumerate() if 'trial' in t.name]; print('ended')"
-    text = PROGRAM.format(trial="line", over=over, workers=2, together=("lr",), after=after)
-    command = [sys.executable, "-c", "import threading, os, signal\n" + INTERRUPT + text, str(tmp_path)]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "interrupted\nended\n", done.stderr
-    assert not (tmp_path / "journal.jsonl").read_bytes()
-
-
-# Interrupts the program once both experiments are in their hundredth step.
-INTERRUPT = """
-import functrain.search.trial as trial
-seen = {}
-halted_by = trial.halted_by
-import functrain.search.search as search
-def watched(stop):
-    halt = halted_by(stop)
-    def check():
-        name = threading.current_thread().name
-        seen[name] = seen.get(name, 0) + 1
-        if len(seen) == 2 and seen[name] == 100 and all(count >= 100 for count in seen.values()):
-            os.kill(os.getpid(), signal.SIGINT)
-        halt()
-    return check
-search.halted_by = watched
-"""
-
-
-def test_killed_at_any_trial_and_called_again_it_ends_the_same(tmp_path: Path) -> None:
-    over = "grid(x=range(6))"
-    text = PROGRAM.format(trial="kept", over=over, workers=1, together=(), after="")
-    whole = grid_search(trials.kept, grid(x=range(6)), directory=tmp_path / "whole")
-    deadly = "import os, signal, trials\nkept = trials.kept\n" + (
-        "def once(config):\n    if config['x'] == int(os.environ['AT']): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return kept(config)\ntrials.kept = once\n"
-    )
-    for at in (1, 4):
-        command = [sys.executable, "-c", deadly + text, str(tmp_path / "broken")]
-        done = subprocess.run(command, cwd=HERE, env={**os.environ, "AT": str(at)}, capture_output=True, timeout=60)
-        assert done.returncode == -signal.SIGKILL
-    again = grid_search(trials.kept, grid(x=range(6)), directory=tmp_path / "broken")
-    assert [trial._replace(seconds=0) for trial in again.trials] == [trial._replace(seconds=0) for trial in whole.trials]
-    assert torch.equal(again.state["w"], whole.state["w"])
-
-
-def test_an_executor_may_be_anything() -> None:
-    class Backwards(Executor):
-        """Runs what it is given at once."""
-
-        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
-            from concurrent.futures import Future
-
-            future: Future[Any] = Future()
-            future.set_result(fn(*args, **kwargs))
-            return future
-
-    assert grid_search(trials.kept, grid(x=[1, 3]), executor=Backwards()).state["w"].tolist() == [3, 3]

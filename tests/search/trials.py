@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def line(config: Config) -> ft.Experiment:
 
 def mixed(config: Config) -> Any:
     """An experiment or, for some, a number."""
-    return parabola({"x": 0}) if config.get("number") else line(config)
+    return parabola({"x": 0}) if config.get("number") else line({**config, "maximize": True})
 
 
 def forever(config: Config) -> Any:
@@ -108,6 +109,23 @@ def forever(config: Config) -> Any:
         while True:
             time.sleep(0.01)
     return line({"epochs": 10**9, "lr": 0.1})
+
+
+_seen: dict[int, int] = {}
+
+
+def endless(config: Config) -> ft.Experiment:
+    """Two of these at once, of batches of 4 and of 3, interrupt the process when both have taken 50 batches."""
+    whole = line({**config, "epochs": 10**9})
+
+    def counted(batch: torch.Tensor) -> torch.Tensor:
+        _seen[config["batch"]] = _seen.get(config["batch"], 0) + 1
+        if _seen[config["batch"]] >= 50 and min(_seen.get(4, 0), _seen.get(3, 0)) >= 50 and not _seen.get(0):
+            _seen[0] = 1
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch
+
+    return replace(whole, train=whole.train.map(counted))
 
 
 def names() -> set[str]:

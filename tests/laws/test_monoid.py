@@ -1,0 +1,72 @@
+"""Law 3: reducers are monoids: merge is associative and has an identity; finish(lift(x)) is x for the mean."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from instances import REDUCERS, net_batch, net_loss, net_params
+
+import functrain as ft
+from functrain.core import reduce
+from functrain.testing import LawError, check_reducer, equal, same_bits
+
+
+@pytest.mark.parametrize("reducer", REDUCERS.values(), ids=list(REDUCERS))
+def test_every_reducer_is_a_monoid(reducer):
+    check_reducer(reducer)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS.values(), ids=list(REDUCERS))
+@given(sizes=st.lists(st.integers(1, 5), min_size=3, max_size=5), seed=st.integers(0, 99))
+def test_every_reducer_over_nested_params_and_ragged_parts(reducer, sizes, seed):
+    params = net_params(seed, torch.float64)
+    taken = [ft.grad(net_loss)(params, net_batch(size, seed + n, torch.float64)) for n, size in enumerate(sizes)]
+    check_reducer(reducer, taken)
+
+
+@given(size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_nothing_is_the_identity_and_one_part_is_itself(size, seed):
+    gradient = ft.grad(net_loss)(net_params(seed), net_batch(size, seed))
+    same_bits("None + g", reduce.add(None, gradient), gradient)
+    same_bits("g + None", reduce.add(gradient, None), gradient)
+    assert reduce.add(None, None) is None
+    single = ft.Gradient({"w": torch.tensor([2.0])}, torch.tensor(3.0), torch.tensor(1.0, dtype=torch.float64))
+    same_bits("finish(lift(x))", reduce.mean.finish(reduce.mean.lift(single)), single)
+
+
+def test_the_sum_is_the_mean_times_the_weight():
+    gradient = ft.grad(net_loss)(net_params(), net_batch(6))
+    mean, total = reduce.mean.finish(gradient), reduce.sum.finish(gradient)
+    equal("sum", total.grads, ft.tree.map(lambda leaf: leaf * mean.weight.to(leaf.dtype), mean.grads))
+
+
+def larger(a, b):
+    return ft.tree.map(lambda x, y: torch.where(a.loss >= b.loss, x, y), a, b)
+
+
+def test_a_reducer_that_is_not_linear_sees_the_parts():
+    worst = ft.Reducer("worst", merge=larger, finish=reduce.mean.finish)
+    check_reducer(worst)
+    params, batch = net_params(), net_batch(9)
+    parts = [ft.grad(net_loss)(params, part) for part in ft.tree.divide(batch, 3)]
+    expected = reduce.mean.finish(max(parts, key=lambda part: part.loss.item()))
+    for how in ("auto", "loop", "threads", "vmap"):
+        equal(how, ft.parallel(ft.grad(net_loss), 3, worst, how=how).finished(params, batch), expected)
+
+
+BROKEN = {
+    "associative": dataclasses.replace(reduce.mean, merge=lambda a, b: ft.tree.map(lambda x, y: x + 2 * y, a, b)),
+    "changes nothing": dataclasses.replace(reduce.mean, merge=lambda a, b: ft.tree.map(lambda x, y: x.add_(y), a, b)),
+    "linear": ft.Reducer("worst", merge=larger, finish=reduce.mean.finish, linear=True),
+    "finish gives a Gradient": dataclasses.replace(reduce.mean, finish=lambda total: total.grads),
+}
+
+
+@pytest.mark.parametrize("law", BROKEN)
+def test_the_checker_names_the_law_that_is_broken(law):
+    with pytest.raises(LawError, match="identity|linear" if law == "linear" else law):
+        check_reducer(BROKEN[law])

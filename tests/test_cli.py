@@ -1,0 +1,151 @@
+"""Stories of the command line, with the real command in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from functrain.runs.store import load_named
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "examples" / "digits.py"
+# Eager, so that no test waits for a compiler.
+QUICK = ["--no-compiled", "--epochs", "12", "--rate", "0.002"]
+
+PROGRAM = '''
+from dataclasses import dataclass
+import torch
+import functrain as ft
+
+
+@dataclass(frozen=True)
+class Config:
+    """A line through points."""
+
+    rate: float = 0.1
+    """The learning rate."""
+    epochs: int = 2
+
+
+def experiment(config: Config) -> ft.Experiment:
+    source = ft.arrays(torch.arange(8.0)).batch(4)
+    step = ft.step(ft.grad(lambda params, batch: (params - batch) ** 2), ft.optim.sgd(config.rate))
+    measure = lambda state: {"test/loss": float(state.params)}
+    return ft.Experiment(step, torch.tensor(0.0), source, config.epochs, measure)
+'''
+
+
+def functrain(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "functrain.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small program in it."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "line.py").write_text(PROGRAM)
+    return folder
+
+
+def test_train_makes_a_run_and_says_where(room: Path) -> None:
+    done = functrain("train", "line.py", "--rate", "0.25", cwd=room)
+    assert done.returncode == 0, done.stderr
+    assert "test/loss: 3." in done.stdout
+    assert "run: runs/line-001" in done.stdout
+    run = room / "runs" / "line-001"
+    assert json.loads((run / "config.json").read_text()) == {"epochs": 2, "rate": 0.25}
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "epoch" in done.stdout
+    assert "train/loss" in done.stdout
+
+
+def test_wrong_use_is_told_without_a_traceback(room: Path) -> None:
+    functrain("train", "line.py", "--run", "taken", cwd=room)
+    cases = {
+        ("train", "absent.py"): (1, "no program at absent.py"),
+        ("train", "line.py", "--speed", "3"): (2, "--speed"),
+        ("train", "line.py", "--run", "taken"): (1, "taken"),
+        ("resume", "nowhere"): (1, "no run at nowhere"),
+        ("train", "line.py", "--epochs", "-1"): (1, "epochs must be"),
+    }
+    for arguments, (status, text) in cases.items():
+        done = functrain(*arguments, cwd=room)
+        assert done.returncode == status, (arguments, done.stdout, done.stderr)
+        assert text in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_help_for_a_file_has_the_flags_of_its_config(room: Path) -> None:
+    done = functrain("train", "line.py", "--help", cwd=room)
+    assert done.returncode == 0
+    assert "--rate" in done.stdout
+    assert "The learning rate" in done.stdout
+
+
+def test_explain_tells_the_plan_and_runs_nothing(room: Path) -> None:
+    done = functrain("explain", "line.py", cwd=room)
+    assert done.returncode == 0
+    assert "experiment" in done.stdout
+    assert "sgd" in done.stdout
+
+
+def test_a_run_begun_with_other_keys_is_not_resumed_by_guessing(room: Path) -> None:
+    functrain("train", "line.py", "--run", "odd", cwd=room)
+    config = room / "odd" / "config.json"
+    config.write_text(json.dumps({"rate": 0.1, "epochs": 2, "colour": "red"}))
+    done = functrain("resume", "odd", cwd=room)
+    assert done.returncode == 1
+    assert "colour" in done.stderr
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    newest = max((run / "checkpoints").glob("step-*"))
+    return load_named(newest / "state.safetensors")
+
+
+def train_disturbed(room: Path, number: int, kind: signal.Signals, moments: random.Random) -> Path:
+    """Start the digits run, stop it at random moments, resume it each time, until it ends by itself."""
+    run = room / "runs" / f"disturbed-{kind.name}-{number}"
+    start = ["train", str(DIGITS), "--run", str(run), "--every", "5", *QUICK]
+    command = start
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "functrain.cli", *command], cwd=room, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        try:
+            # Not synchronisation: the moment of the disturbance, which may fall anywhere, before and after the run too.
+            process.communicate(timeout=moments.uniform(1.5, 6.0))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, kind)
+            process.communicate(timeout=60)
+        begun = (run / "run.json").exists() and any((run / "checkpoints").glob("step-*"))
+        command = ["resume", str(run)] if begun else [*start, "--overwrite"]
+        if process.returncode == 0:
+            return run
+    done = functrain(*command, cwd=room)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+def test_disturbed_at_random_moments_the_digits_run_ends_with_the_same_bits(tmp_path: Path, kind: signal.Signals) -> None:
+    undisturbed = functrain("train", DIGITS, "--run", "runs/undisturbed", *QUICK, cwd=tmp_path)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    expected = final_state(tmp_path / "runs" / "undisturbed")
+    seed = random.SystemRandom().randrange(10**6)
+    run = train_disturbed(tmp_path, 0, kind, random.Random(seed))
+    found = final_state(run)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected), f"seed of the moments: {seed}"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
