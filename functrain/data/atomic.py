@@ -1,17 +1,46 @@
-"""Writing an HDF5 file so that it is there whole, or not at all."""
+"""Writing a file so that it is there whole, or not at all."""
 
 from __future__ import annotations
 
 import os
-import uuid
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from functrain.core.errors import DataError
 
 if TYPE_CHECKING:
     import h5py
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Have a file or folder on the disk itself, not only in the system's cache, before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` in one move at the end of the block, or never.
+
+    A reader sees the old file or the new one, also when the process is killed or the power goes. A failure is an `OSError`.
+    """
+    final = Path(path).absolute()
+    # In the same folder, as a move is atomic within one file system only; with a name of its own, as two writers
+    # of one file must not write into each other's.
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, final)
+        sync(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -23,19 +52,10 @@ def replacing(path: str, overwrite: bool) -> Iterator[h5py.File]:
     import h5py
 
     check_free(path, overwrite)
-    folder, name = os.path.split(os.path.abspath(path))
-    # In the same directory: a rename is atomic within one file system only.
-    beside = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with whole_file(path) as beside:
         with h5py.File(beside, "x") as file:
             yield file
-        _sync(beside)
         check_free(path, overwrite)
-        os.replace(beside, path)
-        _sync(folder)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(beside)
 
 
 def check_free(path: str, overwrite: bool) -> None:
@@ -47,11 +67,3 @@ def check_free(path: str, overwrite: bool) -> None:
         raise DataError(f"{path!r} is a directory: give the path of a file")
     if not overwrite and os.path.exists(path):
         raise DataError(f"{path!r} exists: pass overwrite=True to replace it, or choose another path")
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

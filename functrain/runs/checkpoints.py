@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from functrain.core.errors import ArgumentError, RunError
 from functrain.core.step import check_owned
 from functrain.core.tree import Tree
-from functrain.runs.store import load_tree, read_record, save_tree, sole_writer, sync, write_record
+from functrain.data.atomic import sync
+from functrain.runs.store import load_tree, read_record, save_tree, sole_writer, write_record
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FILES = ("state.safetensors", "record.json")

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from functrain.core import tree as trees
 from functrain.core.errors import ArgumentError, RunError, TreeError
 from functrain.core.tree import Tree
+from functrain.data import atomic
 
 # What the safetensors format has a code for (complex128, for one, it has not).
 _STORABLE = frozenset(
@@ -35,34 +35,14 @@ _STORABLE = frozenset(
 # --- whole files, one writer --------------------------------------------------------------------------------
 
 
-def sync(path: Path) -> None:
-    """Have the file or folder `path` on the disk itself, not only in the system's cache, before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path to write to, which becomes `path` in one move at the end of the block, or never.
-
-    A reader sees the old file or the new one, also when the process is killed or the power goes.
-    Raises `RunError` when the file cannot be written.
-    """
-    final = Path(path)
-    # A name of its own: two writers of one file must not write into each other's.
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    """A temporary path to write to, which becomes `path` in one move, or never; `RunError` when it cannot be written."""
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, final)
-        sync(final.parent)
+        with atomic.whole_file(path) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
-        raise RunError(f"could not write {final}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise RunError(f"could not write {path}: {error}") from error
 
 
 @contextmanager

@@ -26,10 +26,7 @@ def normalised(value: Any, name: str = "") -> Any:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, Mapping):
-        return {
-            _text(key, name): normalised(item, f"{name}.{key}" if name else str(key))
-            for key, item in value.items()
-        }
+        return {_text(key, name): normalised(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [normalised(item, f"{name}[{place}]") for place, item in enumerate(value)]
     plain = value.tolist() if hasattr(value, "ndim") and hasattr(value, "tolist") else value
@@ -44,9 +41,7 @@ def normalised(value: Any, name: str = "") -> Any:
 
 def _text(key: Any, name: str) -> str:
     if not isinstance(key, str):
-        raise ArgumentError(
-            f"{name or 'the config'} has the key {key!r} ({type(key).__name__}): expected text"
-        )
+        raise ArgumentError(f"{name or 'the config'} has the key {key!r} ({type(key).__name__}): expected text")
     return str(key)
 
 

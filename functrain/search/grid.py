@@ -49,8 +49,7 @@ class Grid:
         both = [name for name in self.names if name in other.names]
         if both:
             raise ArgumentError(
-                f"both grids of a product have {', '.join(quoted(both))}: give a name to one of them, "
-                "or unite the grids with |"
+                f"both grids of a product have {', '.join(quoted(both))}: give a name to one of them, or unite the grids with |"
             )
         return Grid({**left, **right} for left, right in itertools.product(self, other))
 
@@ -140,9 +139,7 @@ def nested(spec: Iterable[Any]) -> Grid:
             raise ArgumentError(f"nested takes pairs (name, values) and lists of them, got {item!r}")
         if item and isinstance(item[0], str):
             if len(item) != 2:
-                raise ArgumentError(
-                    f"expected a pair (name, values), got {item!r}: put several values into a list"
-                )
+                raise ArgumentError(f"expected a pair (name, values), got {item!r}: put several values into a list")
             product = product * grid(**{item[0]: item[1]})
         else:
             blocks.append(nested(item))

@@ -52,9 +52,7 @@ class Journal:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close()
 
     def append(self, record: Record) -> None:
@@ -74,9 +72,7 @@ class Journal:
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise RunError(
-                f"{self.directory} is in use by another search: wait for it, or take another directory"
-            ) from error
+            raise RunError(f"{self.directory} is in use by another search: wait for it, or take another directory") from error
 
     def _read(self) -> None:
         text = self.path.read_bytes()

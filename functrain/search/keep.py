@@ -39,9 +39,7 @@ def pack(state: Tree, texts: Mapping[str, str] | None = None) -> bytes:
     try:
         return save(tensors, {_STRUCTURE: json.dumps(structure), **(texts or {})})
     except (SafetensorError, KeyError, ValueError) as error:
-        raise TreeError(
-            f"safetensors cannot hold this state ({error}): convert its leaves to a common dtype"
-        ) from error
+        raise TreeError(f"safetensors cannot hold this state ({error}): convert its leaves to a common dtype") from error
 
 
 def unpack(data: bytes, origin: str = "the packed state") -> Packed:
@@ -102,9 +100,7 @@ def _described(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> 
         return {"named": kind, "fields": list(node._fields), "items": children}
     if isinstance(node, Mapping):
         if not all(type(key) in (str, int) for key in node):
-            raise TreeError(
-                f"{'.'.join(path) or 'the state'} has keys that are neither text nor ints: rename them"
-            )
+            raise TreeError(f"{'.'.join(path) or 'the state'} has keys that are neither text nor ints: rename them")
         return {"dict": [[key, _described(child, (*path, str(key)), tensors)] for key, child in node.items()]}
     if isinstance(node, (tuple, list)):
         children = [_described(child, (*path, str(place)), tensors) for place, child in enumerate(node)]
@@ -117,16 +113,12 @@ def _described(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> 
 
 def _leaf(leaf: Tensor, name: str, tensors: dict[str, Tensor]) -> str:
     if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized:
-        raise TreeError(
-            f"leaf {name!r} is no dense tensor with values (layout {leaf.layout}, device {leaf.device})"
-        )
+        raise TreeError(f"leaf {name!r} is no dense tensor with values (layout {leaf.layout}, device {leaf.device})")
     if name in tensors:
         raise TreeError(f"two leaves have the name {name!r}: rename a key that holds '.'")
     # A copy: safetensors refuses tensors that share memory, and a member's leaves are views of its whole
     # population.
-    tensors[name] = (
-        leaf.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
-    )
+    tensors[name] = leaf.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
     return name
 
 
@@ -150,10 +142,6 @@ def _class(kind: str, fields: list[str]) -> Any:
     found: Any = sys.modules.get(module)
     for name in path.split("."):
         found = getattr(found, name, None)
-    if (
-        isinstance(found, type)
-        and issubclass(found, tuple)
-        and getattr(found, "_fields", None) == tuple(fields)
-    ):
+    if isinstance(found, type) and issubclass(found, tuple) and getattr(found, "_fields", None) == tuple(fields):
         return found
     return namedtuple(path.rpartition(".")[2], fields)

@@ -45,17 +45,14 @@ class SearchResult:
             rows.append([*row, f"{trial.seconds:.2f}", _remark(trial)])
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths)) + f"  {row[-1]}".rstrip()
-            for row in rows
+            "  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths)) + f"  {row[-1]}".rstrip() for row in rows
         )
 
 
 def _flat(config: Config, prefix: str = "") -> Config:
     flat: Config = {}
     for name, value in config.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-        )
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
     return flat
 
 

@@ -101,9 +101,7 @@ class _Hands(NamedTuple):
 def _submitting(trial: Function, workers: int | None, executor: Executor | None) -> Iterator[_Hands]:
     if executor is not None:
         if not isinstance(executor, Executor):
-            raise ArgumentError(
-                f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}"
-            )
+            raise ArgumentError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}")
         if workers != 1:
             raise ArgumentError(f"an executor brings its own workers: leave workers={workers} out")
         work: Work = partial(_work if isinstance(executor, ThreadPoolExecutor) else _packed, trial)
@@ -204,8 +202,7 @@ class _Search:
         except Exception as error:
             raise _broken(error) from error
         opened = [
-            out._replace(state=unpack(out.state).state) if isinstance(out.state, bytes) else out
-            for out in report.outcomes
+            out._replace(state=unpack(out.state).state) if isinstance(out.state, bytes) else out for out in report.outcomes
         ]
         return report._replace(outcomes=opened)
 
@@ -229,8 +226,7 @@ class _Search:
         if self.known.best is None:
             first = last_line(trials[0].error or "")
             raise FunctrainError(
-                f"all {len(trials)} trials failed, {trials[0].config} with {first}: "
-                "run trial(config) by itself to see where"
+                f"all {len(trials)} trials failed, {trials[0].config} with {first}: run trial(config) by itself to see where"
             )
         best = self.known.trials[self.known.best]
         return SearchResult(best.config, best.score, self.known.state, trials, self._stage(hands))
@@ -255,11 +251,7 @@ _WHY_TOGETHER = "members differ only in numbers of the state; the first step is 
 
 def _shared(trials: list[Trial]) -> str:
     first = trials[0].config
-    same = {
-        name: value
-        for name, value in first.items()
-        if all(trial.config.get(name) == value for trial in trials)
-    }
+    same = {name: value for name, value in first.items() if all(trial.config.get(name) == value for trial in trials)}
     varied = ", ".join(name for name in first if name not in same)
     return f"{same} with {varied} varied" if same else f"{varied} varied"
 

@@ -43,30 +43,29 @@ class Standing:
         key = config_key(trial.config)
         if trial.status == "done":
             self._direct(outcome.maximize)
-        after = {name: known for name, known in self.trials.items() if name != key} | {key: trial}
-        better = trial.status == "done" and min(after, key=lambda name: self._rank(after, name)) == key
+        better = trial.status == "done" and (self.best is None or self._rank(trial) < self._rank(self.trials[self.best]))
         if self._journal is not None:
             record = _record(key, trial, self.maximize if trial.status == "done" else None)
             if better and state is not None:
                 write_whole(self._state_file, pack(state, {_RECORD: json.dumps(record)}))
             self._journal.append(record)
-        self.trials = after
+        self.trials.pop(key, None)
+        self.trials[key] = trial
         if better:
             self.best, self.state = key, state
             self._show()
 
     def sorted(self) -> list[Trial]:
         """All trials, best first; those that failed last."""
-        return [self.trials[key] for key in sorted(self.trials, key=lambda key: self._rank(self.trials, key))]
+        return sorted(self.trials.values(), key=self._rank)
 
     def finished(self, key: str) -> bool:
         """Whether a config need not be run again: a trial that failed is not finished."""
         return key in self.trials and self.trials[key].status == "done"
 
-    def _rank(self, trials: dict[str, Trial], key: str) -> tuple[bool, bool, float, int]:
+    def _rank(self, trial: Trial) -> tuple[bool, bool, float, int]:
         # Equal scores rank by their places in the grid; equal places (of two grids) stay in the journal's
         # order.
-        trial = trials[key]
         if trial.status != "done" or math.isnan(trial.score):
             return (trial.status != "done", True, 0.0, trial.place)
         return (False, False, trial.score if self.maximize is False else -trial.score, trial.place)
@@ -99,7 +98,7 @@ class Standing:
                 journal.append(record)
                 self._take(record["key"], record)
         done = [key for key in self.trials if self.finished(key)]
-        self.best = min(done, key=lambda key: self._rank(self.trials, key)) if done else None
+        self.best = min(done, key=lambda key: self._rank(self.trials[key]), default=None)
         if packed is not None and json.loads(packed.texts[_RECORD])["key"] == self.best:
             self.state = packed.state
         if self.best is not None:
@@ -109,14 +108,11 @@ class Standing:
         try:
             trial, maximize = _trial(record)
         except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"the journal's record of {key} is damaged ({error!r}): remove its line"
-            ) from error
+            raise RunError(f"the journal's record of {key} is damaged ({error!r}): remove its line") from error
         if maximize is not None:
             if self.asked is not None and self.asked != maximize:
                 raise ArgumentError(
-                    f"the search in this directory has maximize={maximize}, {self.asked} was asked for: "
-                    "take another directory"
+                    f"the search in this directory has maximize={maximize}, {self.asked} was asked for: take another directory"
                 )
             self.maximize = maximize
         self.trials.pop(key, None)

@@ -58,9 +58,7 @@ def check_names(members: Sequence[Member], names: Sequence[str]) -> None:
     for name in names:
         if not any(_without(member.config, [name]) != member.config for member in members):
             known = dict.fromkeys(key for member in members for key in member.config)
-            raise ArgumentError(
-                f"together names {name!r}, and no config has it: expected some of {', '.join(quoted(known))}"
-            )
+            raise ArgumentError(f"together names {name!r}, and no config has it: expected some of {', '.join(quoted(known))}")
 
 
 def _without(config: Config, names: Sequence[str]) -> Config:
@@ -173,6 +171,4 @@ def _finished(lane: _Lane, state: Any, seconds: float, how: str) -> Outcome:
         found = judged(lane.experiment, state, lane.history[-1])
     except Exception:
         return failed(lane.member, seconds, how)
-    return Outcome(
-        done(lane.member, found, seconds, how, lane.history), found.state, lane.experiment.maximize
-    )
+    return Outcome(done(lane.member, found, seconds, how, lane.history), found.state, lane.experiment.maximize)

@@ -204,7 +204,5 @@ def judged(experiment: Experiment, state: Any, measures: Measures) -> Scored:
         name = next(iter(measures))
     if name is None or name not in measures:
         asked = "names no score" if name is None else f"has score={name!r}"
-        raise ArgumentError(
-            f"the experiment {asked}, and evaluate gives {', '.join(quoted(measures)) or 'nothing'}: name one"
-        )
+        raise ArgumentError(f"the experiment {asked}, and evaluate gives {', '.join(quoted(measures)) or 'nothing'}: name one")
     return Scored(measures[name], kept(state), measures)
