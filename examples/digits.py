@@ -43,8 +43,9 @@ class Config:
     """Of the weights, the order of the data and dropout."""
 
 
-def digits_file(path: Path) -> Path:
+def digits_file(path: str | Path) -> Path:
     """The digits as HDF5: groups `train` (80 %) and `test`, each with `x` (N, 1, 8, 8) float32 in [0, 1] and `y` (N,) int64."""
+    path = Path(path)
     if path.exists():
         return path
     from sklearn.datasets import load_digits

@@ -114,7 +114,9 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         return (taken_over(state, new, versions) if donate and plain else new), metrics
 
     def stage() -> Stage:
-        kernel = "torch's fused kernel" if fused else "tensor arithmetic"
+        kernel = "tensor arithmetic"
+        if fused is not None:
+            kernel = f"torch's fused kernel ({kernel} inside a transform or compiler)"
         facts = {"state": "donated: updated in place" if donate else "pure: a new state each step", "update": kernel}
         return Stage("step", facts, [explain(grad), explain(optimizer)])
 

@@ -6,7 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instances import OPTIMIZERS, RATES, carried_loss, carried_start, convolutional, images, keyed_loss, net_batch, net_params
+from instances import (
+    OPTIMIZERS,
+    RATES,
+    carried_loss,
+    carried_start,
+    convolutional,
+    images,
+    keyed_loss,
+    net_batch,
+    net_loss,
+    net_params,
+)
 
 import functrain as ft
 from functrain.testing import equal
@@ -68,9 +79,18 @@ def test_members_of_a_convolutional_net_have_their_own_dropout():
 
 
 def test_a_compiled_population_is_its_members():
-    step = ft.step(ft.grad(keyed_loss), ft.optim.sgd(ft.optim.cosine(0.1, 9), momentum=0.9))
-    members = [ft.with_hyper(step.init(net_params(seed), seed=seed), lr_peak=0.01 * (seed + 1)) for seed in range(3)]
+    step = ft.step(ft.grad(net_loss), ft.optim.sgd(ft.optim.cosine(0.1, 9), momentum=0.9))
+    members = [ft.with_hyper(step.init(net_params(seed)), lr_peak=0.01 * (seed + 1)) for seed in range(3)]
     check_members(step, members, [net_batch(4, place) for place in range(4)], run=ft.compiled)
+
+
+def test_a_compiled_population_has_its_members_dropout():
+    def loss(params, batch, *, key):
+        return (ft.random.dropout(batch, 0.5, key) @ params["w"]).square()
+
+    step = ft.step(ft.grad(loss), ft.optim.sgd(0.1))
+    members = [step.init({"w": torch.ones(3)}, seed=seed) for seed in range(2)]
+    check_members(step, members, [torch.ones(4, 3)] * 3, run=ft.compiled)
 
 
 def test_hyperparameters_of_all_members_are_set_at_once():

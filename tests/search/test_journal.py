@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from functrain.core.errors import RunError
 from functrain.search.journal import Journal
 
-RECORDS = [{"key": "a", "score": 1.0}, {"key": "b", "score": "nan"}, {"key": "é", "error": "two\nlines"}]
+RECORDS: list[dict[str, Any]] = [{"key": "a", "score": 1.0}, {"key": "b", "score": "nan"}, {"key": "é", "error": "two\nlines"}]
 
 
 def filled(folder: Path) -> Path:
