@@ -2,9 +2,8 @@
 
     python examples/digits_grid.py --directory runs/digits-grid
 
-The digits (1797 images of 8 × 8 that scikit-learn ships) are written once to an HDF5 file and streamed from it,
-memory-mapped. Learning rates and seeds enter a trial through its state alone, so that `together` trains all of them at
-once. Interrupt it and call it again with the same --directory: it runs what is left.
+The digits come from the same HDF5 file as those of digits.py. Learning rates and seeds enter a trial through its
+state alone, so that `together` trains all of them at once. Interrupt it and call it again with the same --directory: it runs what is left.
 """
 
 from __future__ import annotations
@@ -13,27 +12,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from digits import digits_file  # beside this file
 from torch import Tensor
 
 import functrain as ft
-from functrain.search import grid, grid_search
-
-
-def digits_file(path: Path) -> Path:
-    """The digits as an HDF5 file of the groups train (80 %) and test, written unless it is there."""
-    if not path.exists():
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        order = np.random.default_rng(0).permutation(len(images))
-        x, y = (images[order] / 16).astype("float32"), labels[order].astype("int64")
-        cut = len(x) * 4 // 5
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ft.h5write(path, {"train": {"x": x[:cut], "y": y[:cut]}, "test": {"x": x[cut:], "y": y[cut:]}})
-    return path
 
 
 def initial(width: int, seed: int) -> dict[str, Tensor]:
@@ -49,7 +33,7 @@ def initial(width: int, seed: int) -> dict[str, Tensor]:
 
 def loss(params: dict[str, Tensor], batch: dict[str, Tensor]) -> ft.Losses:
     """Cross entropy, and accuracy beside it."""
-    hidden = torch.relu(batch["x"] @ params["w1"] + params["b1"])
+    hidden = torch.relu(batch["x"].flatten(1) @ params["w1"] + params["b1"])
     scores = hidden @ params["w2"] + params["b2"]
     right = (scores.argmax(-1) == batch["y"]).float()
     return ft.Losses(F.cross_entropy(scores, batch["y"], reduction="none"), aux={"accuracy": right})
@@ -83,9 +67,9 @@ def main() -> None:
             score="test/accuracy",
         )
 
-    result = grid_search(
+    result = ft.grid_search(
         experiment,
-        grid(width=[32, 64, 128], lr=[1e-3, 3e-3, 1e-2, 3e-2], seed=[0, 1], epochs=flags.epochs),
+        ft.grid(width=[32, 64, 128], lr=[1e-3, 3e-3, 1e-2, 3e-2], seed=[0, 1], epochs=flags.epochs),
         together=("lr", "seed"),
         workers=flags.workers,
         directory=flags.directory,

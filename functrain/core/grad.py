@@ -50,14 +50,16 @@ class Grad:
         return self._take(params, batch, carry, key, finish=True)
 
     def _take(self, params: Tree, batch: Tree, carry: Tree, key: Tensor | None, finish: bool) -> Gradient:
-        size = checked_size(batch)
+        batch_leaves = tree.leaves(batch)
+        size = checked_size(batch, batch_leaves)
         losses.missing(self.uses, carry, key)
         keys = random.example_keys(key, size) if key is not None and "key" in self.uses else None
         flat, spec = tree.flatten(params)
         if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flat):
             raise TreeError(_not_floating(params))
         rest = (batch, carry, keys)
-        take = _by_transform if inside_transform() or _tracked(flat, rest) else _by_autograd
+        tracked = torch.is_grad_enabled() and _tracked([*flat, *batch_leaves, *tree.leaves((carry, keys))])
+        take = _by_transform if tracked or inside_transform() else _by_autograd
 
         def objective(leaves: tuple[Tensor, ...]) -> tuple[Tensor, losses.Totals]:
             totals = losses.total(self.loss, self.uses, tree.unflatten(spec, leaves), *rest)
@@ -67,8 +69,8 @@ class Grad:
         total = Gradient(tree.unflatten(spec, grads), totals.loss, totals.weight, totals.carry, totals.aux)
         if not finish:
             return total
-        loss, aux = tree.map(lambda leaf: leaf / total.weight.to(leaf.dtype), (total.loss, total.aux))
-        return total._replace(loss=loss, aux=aux)
+        aux = None if total.aux is None else tree.map(lambda leaf: leaf / total.weight.to(leaf.dtype), total.aux)
+        return total._replace(loss=total.loss / total.weight.to(total.loss.dtype), aux=aux)
 
     def explain(self) -> Stage:
         """What the gradient is of, and what it is given."""
@@ -94,20 +96,16 @@ def grad(loss: Callable[..., Any]) -> Grad:
     return Grad(loss)
 
 
-def checked_size(batch: Tree) -> int:
+def checked_size(batch: Tree, leaves: list[Any] | None = None) -> int:
     """The size N ≥ 1 of a batch; `TreeError` when it is empty or its leaves disagree."""
-    size = tree.batch_size(batch)
+    size = tree.common_size(tree.leaves(batch) if leaves is None else leaves, batch)
     if size == 0:
         raise TreeError("the batch is empty (N = 0): a gradient needs at least one example")
     return size
 
 
-def _tracked(flat: list[Tensor], rest: Tree) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(leaf.requires_grad for leaf in flat) or any(
-        isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree.leaves(rest)
-    )
+def _tracked(leaves: list[Any]) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 Objective = Callable[[tuple[Tensor, ...]], tuple[Tensor, losses.Totals]]
@@ -124,7 +122,8 @@ def _by_autograd(objective: Objective, flat: tuple[Tensor, ...]) -> tuple[list[T
             return [torch.zeros_like(leaf) for leaf in flat], totals
         grads = torch.autograd.grad(value, leaves, allow_unused=True)
     taken = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, flat)]
-    return taken, tree.map(Tensor.detach, totals)
+    carry = None if totals.carry is None else tree.map(Tensor.detach, totals.carry)
+    return taken, totals._replace(loss=totals.loss.detach(), carry=carry)
 
 
 def _by_transform(objective: Objective, flat: tuple[Tensor, ...]) -> tuple[list[Tensor], losses.Totals]:

@@ -62,7 +62,9 @@ def total(loss: Callable[..., Any], uses: frozenset[str], params: Tree, batch: T
         weights = _expanded(result.weights, losses)
         losses = losses * weights
         weight = weights.sum(dtype=torch.float64).detach()
-    aux = tree.map(lambda leaf: _aux_total(leaf, weights, losses.shape), result.aux)
+    aux = result.aux
+    if aux is not None:
+        aux = tree.map(lambda leaf: _aux_total(leaf, weights, losses.shape), aux)
     return Totals(losses.sum(), weight, aux, result.carry)
 
 

@@ -100,7 +100,6 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
             # A loss may hand its params on as carry: they are about to change, in this step or a donating one.
             flat, spec = tree.flatten(carry)
             carry = tree.unflatten(spec, apart(flat, tree.leaves(state.params)))
-        versions = {id(leaf): leaf._version for leaf in tree.leaves(state)} if donate and plain else {}
         if fused is not None and plain:
             with torch.no_grad():
                 old = state.params, state.opt
@@ -111,7 +110,9 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
             params = apply_updates(state.params, updates)
         metrics = {"loss": taken.loss, "weight": taken.weight, **_scheduled(optimizer, state.opt), **_measures(taken.aux)}
         new = State(params, opt, carry, state.key, state.position + 1)
-        return (taken_over(state, new, versions) if donate and plain else new), metrics
+        if not donate or not plain:
+            return new, metrics
+        return taken_over(state, new, (state.key, state.carry, getattr(state.opt, "hyper", None))), metrics
 
     def stage() -> Stage:
         kernel = "tensor arithmetic"
@@ -161,15 +162,15 @@ def moved(leaf: Tensor) -> Tensor:
     return mine
 
 
-def taken_over(old: Tree, new: Tree, versions: dict[int, int]) -> Tree:
-    """`new`, with every buffer of `old` that was written to moved over, and what it does not share with `old` emptied.
+def taken_over(old: Tree, new: Tree, kept: Tree) -> Tree:
+    """`new`, with the buffers that it shares with `old` moved over, and the rest of `old` emptied.
 
-    `versions` are those of old's leaves, by id, from before the step. An old state can then never be mistaken for
-    a whole one. A leaf handed through as it was (a key, a hyperparameter) stays: other states may share it.
+    An old state can then never be mistaken for a whole one. What of `kept` is handed through as it was (a key,
+    a hyperparameter) stays: states from before the old one may share it.
     """
     flat, spec = tree.flatten(new)
     shared = {id(leaf) for leaf in flat}
-    handed = {id(leaf) for leaf in tree.leaves(old) if id(leaf) in shared and leaf._version == versions[id(leaf)]}
+    handed = {id(leaf) for leaf in tree.leaves(kept)} & shared
     mine = {id(leaf): moved(leaf) for leaf in tree.leaves(old) if id(leaf) not in handed}
     return tree.unflatten(spec, [mine.get(id(leaf), leaf) for leaf in flat])
 

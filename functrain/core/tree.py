@@ -22,6 +22,14 @@ leaves: Callable[[Tree], list[Any]] = optree.tree_leaves
 structure: Callable[[Tree], Any] = optree.tree_structure
 
 
+def leaves_like(spec: Any, tree: Tree, like: Tree) -> list[Any]:
+    """The leaves of `tree`, which must have the structure `spec` of `like`: `TreeError` naming what differs."""
+    try:
+        return list(spec.flatten_up_to(tree))
+    except ValueError as error:
+        raise TreeError(f"expected a tree of another structure: {difference(like, tree)}") from error
+
+
 def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply `function` to the leaves of `tree` (and, side by side, those of `rest`); `None` is an empty subtree.
 
@@ -189,7 +197,11 @@ def batch_size(batch: Tree) -> int:
     >>> batch_size({"x": torch.zeros(5, 3), "y": torch.zeros(5)})
     5
     """
-    tensors = leaves(batch)
+    return common_size(leaves(batch), batch)
+
+
+def common_size(tensors: list[Any], batch: Tree) -> int:
+    """`batch_size`, for a batch whose leaves have been taken already."""
     if not tensors:
         raise TreeError("the batch has no leaves: expected tensors of shape (N, …)")
     sizes = [leaf.shape[0] if getattr(leaf, "ndim", 0) else None for leaf in tensors]

@@ -74,9 +74,8 @@ class _NoCompilerError(Exception):
 
 
 def _eager(step: Step, state: Any, batch: Tree, donate: bool) -> tuple[Any, Metrics]:
-    versions = {id(leaf): leaf._version for leaf in tree.leaves(state)}
     new, metrics = step.update(state, batch)
-    return (taken_over(state, new, versions) if donate and not step.donates else new), metrics
+    return (taken_over(state, new, state) if donate and not step.donates else new), metrics
 
 
 class _Graph:
@@ -200,7 +199,10 @@ def _origin(node: Node) -> Node:
 
 
 def _mutates(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and not _writes_input(node)
+    if not isinstance(node.target, OpOverload):
+        return False
+    # Batch norm's operators write to their running statistics, which their schemas do not say.
+    return node.target._schema.is_mutable and not _writes_input(node) or "batch_norm" in node.target.overloadpacket.__name__
 
 
 def _compile(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:

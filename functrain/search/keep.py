@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import sys
 from collections import namedtuple
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from functrain.core.errors import RunError, TreeError
 from functrain.core.tree import Tree
+from functrain.data.atomic import whole_file
 
 _STRUCTURE = "structure"
 
@@ -66,17 +65,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises `RunError` when it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise RunError(f"could not write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def kept(state: Tree) -> Tree:

@@ -86,12 +86,12 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
         return tree.unflatten(spec, updates), new
 
     def fused(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        checked_grads(grads, params)
         now = {name: value.item() for name, value in resolve(settings, state.hyper, state.steps).items()}
         count = state.steps + 1
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
         flat, spec = tree.flatten(params)
-        rows = [_alike(*row) for row in zip(flat, *map(tree.leaves, (grads, state.first, state.second)))]
+        others = (tree.leaves_like(spec, other, params) for other in (grads, state.first, state.second))
+        rows = [_alike(*row) for row in zip(flat, *others)]
         new, g, first, second = ([row[column] for row in rows] for column in range(4))
         kernel(
             new,
