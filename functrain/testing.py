@@ -24,17 +24,8 @@ from functrain.core.tree import Tree
 from functrain.data.laws import check_prefetch, check_source
 from functrain.engine.parallel import parallel
 
-__all__ = [
-    "LawError",
-    "check_grad",
-    "check_optimizer",
-    "check_prefetch",
-    "check_reducer",
-    "check_source",
-    "check_step",
-    "equal",
-    "same_bits",
-]
+__all__ = ["LawError", "check_grad", "check_optimizer", "check_prefetch", "check_reducer", "check_source", "check_step"]
+__all__ += ["equal", "same_bits"]
 
 
 class LawError(FunctrainError, AssertionError):
@@ -78,8 +69,7 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
 def _compare(law: str, got: Tree, expected: Tree, agree: Callable[[Tensor, Tensor], bool]) -> None:
     if not tree.same_structure(got, expected):
         raise LawError(f"{law}: the results differ in structure, {tree.difference(expected, got)}")
-    rows = zip(tree.paths(expected), tree.leaves(got), tree.leaves(expected))
-    for path, a, b in rows:
+    for path, a, b in zip(tree.paths(expected), tree.leaves(got), tree.leaves(expected)):
         if a.shape != b.shape or not agree(a.detach(), b.detach()):
             where = f" at {path!r}" if path else ""
             raise LawError(f"{law}: counter-example{where}, got {_shown(a)}, expected {_shown(b)}")
@@ -244,7 +234,7 @@ def check_grad(
     same_bits(f"{name}: the same again", take(params), whole)
     _alike(f"{name}: grads are like params", whole.grads, params)
     shared = carry is not None and not grad.lanes
-    plans = ["loop", "threads"] + (["vmap"] if vmap else []) + ([] if shared else ["fused"])
+    plans: list[Any] = ["loop", "threads"] + (["vmap"] if vmap else []) + ([] if shared else ["fused"])
     for parts in (2, 3, tree.batch_size(batch)):
         results = [parallel(grad, parts, how=how, workers=2)(params, batch, carry=carry, key=key) for how in plans]
         for how, result in zip(plans, results):

@@ -35,10 +35,9 @@ class Grad:
     batch, or params that are not floating.
     """
 
-    lanes = False
-
-    def __init__(self, loss: Callable[..., Any]) -> None:
+    def __init__(self, loss: Callable[..., Any], lanes: bool = False) -> None:
         self.loss = loss
+        self.lanes = lanes
         self.uses = losses.declared(loss)
         self.reduce: Reducer = reduce.mean
 
@@ -77,14 +76,19 @@ class Grad:
         facts = {"returns": "an unfinished sum: Σ gradients, Σ loss, Σ weight"}
         if self.uses:
             facts["declares"] = ", ".join(sorted(self.uses))
+        if "carry" in self.uses:
+            facts["carry"] = "a lane for each example" if self.lanes else "shared by all examples"
         return Stage(f"grad of {explain(self.loss).title}", facts)
 
 
-def grad(loss: Callable[..., Any]) -> Grad:
+def grad(loss: Callable[..., Any], *, lanes: bool = False) -> Grad:
     """The gradient of a per-example loss: Σᵢ wᵢ ∇lossᵢ, with Σᵢ wᵢ lossᵢ and Σᵢ wᵢ beside it.
 
     `loss(params, batch)` returns per-example losses of any shape `(N, …)`, or `(losses, weights)`, or `Losses`.
     By keyword it may declare `carry` (then it returns `(losses, carry)`) and `key`. See `Grad` for the result.
+
+    - `lanes`: what kind of carry it is: one lane for each example, with leaves `(N, …)` (recurrent state), which is cut with the
+      batch; or, by default, shared by all examples (batch norm's buffers). It matters where `parallel` cuts batches.
 
     >>> def loss(params, batch):
     ...     return (batch["x"] @ params["w"] - batch["y"]) ** 2
@@ -93,7 +97,7 @@ def grad(loss: Callable[..., Any]) -> Grad:
     >>> g.grads, g.loss, g.weight.item()
     ({'w': tensor([16., 16.])}, tensor(16.), 4.0)
     """
-    return Grad(loss)
+    return Grad(loss, lanes)
 
 
 def checked_size(batch: Tree, leaves: list[Any] | None = None) -> int:

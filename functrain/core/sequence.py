@@ -12,7 +12,7 @@ from functrain.core import loss as losses
 from functrain.core import random, reduce, tree
 from functrain.core.errors import ArgumentError, LossError, TreeError
 from functrain.core.explain import Stage, explain
-from functrain.core.grad import as_gradient, checked_size
+from functrain.core.grad import Grad, as_gradient, checked_size
 from functrain.core.loss import Losses
 from functrain.core.reduce import Gradient, Reducer
 from functrain.core.step import Metrics, Step
@@ -98,6 +98,8 @@ def tbptt(inner: Any, window: int, start: Start = None) -> Any:
     - `tbptt(step, window, start)`: a step that updates after each window, and still counts as one step: metrics
       are means over the windows (weighted), randomness is folded with the window.
 
+    Where `parallel` cuts the batches inside, the gradient has to say that its carry is cut too: `ft.grad(loss, lanes=True)`.
+
     A window as long as the sequence is full backpropagation. Raises `LossError` for a loss without carry.
 
     Source: Williams and Peng, "An efficient gradient-based algorithm for on-line training of recurrent network
@@ -133,6 +135,8 @@ class Tbptt:
     def __init__(self, grad: Any, window: int, start: Start) -> None:
         if "carry" not in grad.uses:
             raise LossError("tbptt threads a carry, and the loss does not declare one: write loss(params, batch, *, carry)")
+        if not isinstance(grad, Grad) and not grad.lanes:
+            raise LossError("tbptt's carry has a lane for each example: say so inside parallel, ft.grad(loss, lanes=True)")
         self.grad, self.window, self.start = grad, window, start
         self.uses = grad.uses - {"carry"}
         self.reduce: Reducer = grad.reduce

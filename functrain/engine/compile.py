@@ -202,7 +202,7 @@ def _mutates(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return False
     # Batch norm's operators write to their running statistics, which their schemas do not say.
-    return node.target._schema.is_mutable and not _writes_input(node) or "batch_norm" in node.target.overloadpacket.__name__
+    return (node.target._schema.is_mutable and not _writes_input(node)) or "batch_norm" in node.target.overloadpacket.__name__
 
 
 def _compile(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:

@@ -43,7 +43,11 @@ def test_every_optimizer_keeps_the_dtype_of_params(name, dtype):
 
 @settings(max_examples=10)
 @given(
-    lr=st.floats(1e-4, 1.0), b1=st.floats(0, 0.99), b2=st.floats(0.5, 0.9999), eps=st.floats(1e-10, 1e-2), decay=st.floats(0, 0.5)
+    lr=st.floats(1e-4, 1.0),
+    b1=st.floats(0, 0.99),
+    b2=st.floats(0.5, 0.9999),
+    eps=st.floats(1e-10, 1e-2),
+    decay=st.floats(0, 0.5),
 )
 def test_adam_and_adamw_with_any_numbers(lr, b1, b2, eps, decay):
     for optimizer in (ft.optim.adam, ft.optim.adamw):
