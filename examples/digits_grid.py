@@ -3,7 +3,8 @@
     python examples/digits_grid.py --directory runs/digits-grid
 
 The digits come from the same HDF5 file as those of digits.py. Learning rates and seeds enter a trial through its
-state alone, so that `together` trains all of them at once. Interrupt it and call it again with the same --directory: it runs what is left.
+state alone, so that `together` trains all of them at once. Interrupt it and call it again with the same --directory:
+it runs what is left.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def grad(loss: Callable[..., Any], *, lanes: bool = False) -> Grad:
     `loss(params, batch)` returns per-example losses of any shape `(N, …)`, or `(losses, weights)`, or `Losses`.
     By keyword it may declare `carry` (then it returns `(losses, carry)`) and `key`. See `Grad` for the result.
 
-    - `lanes`: what kind of carry it is: one lane for each example, with leaves `(N, …)` (recurrent state), which is cut with the
+    - `lanes`: what kind of carry it is: one lane for each example, leaves `(N, …)` (recurrent state), which is cut with the
       batch; or, by default, shared by all examples (batch norm's buffers). It matters where `parallel` cuts batches.
 
     >>> def loss(params, batch):
@@ -112,6 +112,7 @@ def _tracked(leaves: list[Any]) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
+_IN_PLACE = "the loss changes its params in place: a loss is a pure function, so work on a copy (params['w'] * 2, not .mul_(2))"
 Objective = Callable[[tuple[Tensor, ...]], tuple[Tensor, losses.Totals]]
 
 
@@ -119,9 +120,14 @@ def _by_autograd(objective: Objective, flat: tuple[Tensor, ...]) -> tuple[list[T
     with torch.enable_grad():
         leaves = tuple(leaf.detach().requires_grad_() for leaf in flat)
         versions = [leaf._version for leaf in leaves]
-        value, totals = objective(leaves)
+        try:
+            value, totals = objective(leaves)
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error):
+                raise
+            raise LossError(_IN_PLACE) from error
         if versions != [leaf._version for leaf in leaves]:
-            raise LossError("the loss changed its params in place: work on a copy, a loss is a pure function")
+            raise LossError(_IN_PLACE)
         if not value.requires_grad:
             return [torch.zeros_like(leaf) for leaf in flat], totals
         grads = torch.autograd.grad(value, leaves, allow_unused=True)

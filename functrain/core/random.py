@@ -118,9 +118,9 @@ def dropout(x: Tensor, p: float, key: Tensor, *, channels: bool = False) -> Tens
     """Zeroes each element of `x` with probability `p` and divides the others by 1 − p.
 
     `x` is `(N, …)` with a key of shape `(N,)`, or of any shape with a 0-d key. Where the first dimension is
-    a multiple of N (examples folded into it, as in `(N·T, F)`), each example's block uses its own key; where
-    it is not, the first dimension of size N is taken as the examples'. With `channels`, whole channels
-    (dimension 1) are zeroed. Raises `ArgumentError` when no dimension fits the keys, or p is outside [0, 1].
+    a multiple of N (examples folded into it, as in `(N·T, F)`), each example's block uses its own key. With
+    `channels`, whole channels (dimension 1) are zeroed. Raises `ArgumentError` when the first dimension does not fit
+    the keys, or p is outside [0, 1].
 
     Source: Srivastava et al., "Dropout", JMLR 2014.
 
@@ -145,8 +145,7 @@ def _keep(key: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
     size = key.shape[0]
     if shape and shape[0] % size == 0:
         return uniform(key, (shape[0] // size, *shape[1:])).reshape(shape) >= p
-    if size in shape:
-        axis = shape.index(size)
-        rest = (*shape[:axis], *shape[axis + 1 :])
-        return uniform(key, rest).movedim(0, axis) >= p
-    raise ArgumentError(f"dropout got {size} keys for a tensor of shape {shape}: expected a dimension of size {size}")
+    raise ArgumentError(
+        f"dropout got {size} keys for a tensor of shape {shape}: examples come first, so that each has its own mask in every "
+        f"plan; expected a first dimension of {size} or a multiple of it (batch_first=True, or transpose around the dropout)"
+    )

@@ -117,7 +117,7 @@ def test_params_that_have_no_gradient():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ft.optim.sgd(-0.1), r"lr must be a number in at least 0 or a schedule, got -0.1"),
+        (lambda: ft.optim.sgd(-0.1), r"lr must be a number of at least 0 or a schedule, got -0.1"),
         (lambda: ft.optim.sgd(float("nan")), "lr must be a number"),
         (lambda: ft.optim.sgd("fast"), "lr must be a number.*'fast'"),
         (lambda: ft.optim.sgd(0.1, momentum=-1), "momentum must be a number"),
@@ -131,6 +131,10 @@ def test_params_that_have_no_gradient():
         (lambda: ft.optim.cosine(0.1, 0), "steps must be an int of at least 1, got 0"),
         (lambda: ft.optim.warmup(0, 0.1), "steps must be an int of at least 1, got 0"),
         (lambda: ft.optim.warmup(2.5, 0.1), "steps must be an int of at least 1, got 2.5"),
+        (lambda: ft.optim.warmup(2, ft.optim.warmup(3, 0.1)), "warms up already"),
+        (lambda: ft.optim.adam(ft.optim.cosine(-0.1, 10)), "lr is on the schedule cosine.*begins at -0.1"),
+        (lambda: ft.optim.adam(ft.optim.cosine(float("nan"), 10)), "lr is on the schedule cosine"),
+        (lambda: ft.optim.adam(b1=ft.optim.constant(1.5)), r"b1 is on the schedule.*\[0, 1\)"),
         (lambda: ft.optim.piecewise(0.1, {-1: 0.5}), r"counts of updates.*\[-1\]"),
         (lambda: ft.optim.piecewise(0.1, {1.5: 0.5}), r"counts of updates.*\[1.5\]"),
     ],

@@ -101,11 +101,18 @@ def resolve(settings: dict[str, Hyper], placed: dict[str, Any], count: Tensor) -
 def checked(name: str, value: Hyper, low: float = 0.0, high: float = math.inf) -> Hyper:
     """`value` when it is a schedule or a number in [low, high); else an `ArgumentError` that names it."""
     if isinstance(value, Schedule):
+        first = float(value(0))
+        if not all(map(math.isfinite, value.values.values())) or not low <= first < high:
+            expected = f"a number {_within(low, high)}"
+            raise ArgumentError(f"{name} is on the schedule {value!r}, which begins at {first:g}: expected {expected}")
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-        bound = f"[{low:g}, {high:g})" if high < math.inf else f"at least {low:g}"
-        raise ArgumentError(f"{name} must be a number in {bound} or a schedule, got {value!r}")
+        raise ArgumentError(f"{name} must be a number {_within(low, high)} or a schedule, got {value!r}")
     return float(value)
+
+
+def _within(low: float, high: float) -> str:
+    return f"in [{low:g}, {high:g})" if high < math.inf else f"of at least {low:g}"
 
 
 def checked_grads(grads: Tree, params: Tree) -> None:

@@ -52,6 +52,8 @@ def warmup(steps: int, then: Hyper) -> Schedule:
     """
     _positive("steps", steps)
     after = then if isinstance(then, Schedule) else constant(then)
+    if "warmup" in after.values:
+        raise ArgumentError(f"{after!r} warms up already: give warmup the schedule that comes after")
 
     def rule(count: Tensor, values: dict[str, Tensor]) -> Tensor:
         since = torch.clamp(count - values["warmup"], min=0.0)
