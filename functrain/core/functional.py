@@ -84,10 +84,15 @@ class Apply:
         buffers = self.buffers if carry is None else _owned(carry)
         return skeleton.run(params, buffers, key, carry is not None, inputs, keywords)
 
+    def __repr__(self) -> str:
+        return f"<apply {self._skeletons.name}, mode {self._mode()}, {len(self.buffers)} buffers>"
+
+    def _mode(self) -> str:
+        return {None: "as the module was", True: "train", False: "eval"}[self._training]
+
     def explain(self) -> Stage:
         """What this function is: its module and mode."""
-        mode = {None: "as the module was", True: "train", False: "eval"}[self._training]
-        return Stage(f"apply {self._skeletons.name}", {"mode": mode, "buffers": str(len(self.buffers))})
+        return Stage(f"apply {self._skeletons.name}", {"mode": self._mode(), "buffers": str(len(self.buffers))})
 
 
 def _owned(carry: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,7 +148,13 @@ def _without_memory(module: nn.Module) -> nn.Module:
         id(leaf): nn.Parameter(torch.empty_like(leaf, device="meta"), leaf.requires_grad) for leaf in module.parameters()
     }
     memo |= {id(leaf): torch.empty_like(leaf, device="meta") for leaf in module.buffers()}
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, memo)
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"{type(module).__name__} cannot be copied ({error}): where it uses torch.nn.utils.weight_norm or spectral_norm, "
+            "take those of torch.nn.utils.parametrizations"
+        ) from error
 
 
 def _serve_dropout(module: nn.Module) -> nn.Module:
@@ -173,6 +184,7 @@ class _Skeleton:
         self.params = _slots(module, "_parameters")
         self.buffers = _slots(module, "_buffers")
         self.dropouts = [child for child in module.modules() if isinstance(child, _KeyedDropout)]
+        self.tried = False
         self.updates = [
             f"{path}.running_mean".lstrip(".")
             for path, child in module.named_modules()
@@ -198,20 +210,25 @@ class _Skeleton:
             raise TreeError(f"params do not fit {type(self.module).__name__}: {_differ(self.params, params)}")
         if buffers.keys() != self.buffers.keys():
             raise TreeError(f"carry does not fit the buffers of {type(self.module).__name__}: {_differ(self.buffers, buffers)}")
+        if not threaded and not self.tried:
+            # A module that writes into its buffers is found out on copies of them.
+            self.tried, buffers = True, _owned(buffers)
         watch = None if threaded or inside_transform() else {name: value._version for name, value in buffers.items()}
         before = self._lend(params, buffers, key)
         try:
             output = self.module(*inputs, **keywords)
-            after = {name: slots[0][0][slots[0][1]] for name, slots in self.buffers.items()} if threaded else None
+            after = {name: slots[0][0][slots[0][1]] for name, slots in self.buffers.items()}
         finally:
             for holder, name, value in before:
                 holder[name] = value
             for dropout in self.dropouts:
                 dropout.key = None
         if watch is not None:
-            changed = [name for name, version in watch.items() if buffers[name]._version != version]
+            changed = [
+                name for name, value in buffers.items() if after[name] is not value or value._version != watch[name]
+            ]
             if changed:
-                raise LossError(f"the module wrote into its buffers {', '.join(quoted(changed))}: thread them with carry=")
+                raise LossError(f"the module changes its buffers {', '.join(quoted(changed))}: thread them with carry=")
         return (output, after) if threaded else output
 
     def _lend(

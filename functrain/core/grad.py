@@ -13,7 +13,7 @@ from functrain.core import random, reduce, tree
 from functrain.core.errors import ArgumentError, LossError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.reduce import Gradient, Reducer
-from functrain.core.transforms import inside_transform
+from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
 
@@ -56,13 +56,16 @@ class Grad:
         flat, spec = tree.flatten(params)
         if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flat):
             raise TreeError(_not_floating(params))
-        rest = (batch, carry, keys)
         tracked = torch.is_grad_enabled() and _tracked([*flat, *batch_leaves, *tree.leaves((carry, keys))])
-        take = _by_transform if tracked or inside_transform() else _by_autograd
+        # Traced, too: oneDNN's fused LSTM, which autograd would take, has a backward pass that cannot be traced.
+        take = _by_transform if tracked or inside_transform() or inside_tracing() else _by_autograd
 
         def objective(leaves: tuple[Tensor, ...]) -> tuple[Tensor, losses.Totals]:
-            totals = losses.total(self.loss, self.uses, tree.unflatten(spec, leaves), *rest)
-            return (totals.loss / totals.weight.to(totals.loss.dtype) if finish else totals.loss), totals
+            totals = losses.total(self.loss, self.uses, tree.unflatten(spec, leaves), batch, size, carry, keys)
+            if finish:
+                reduce.checked_weight(totals.weight)
+                return totals.loss / totals.weight.to(totals.loss.dtype), totals
+            return totals.loss, totals
 
         grads, totals = take(objective, tuple(flat))
         total = Gradient(tree.unflatten(spec, grads), totals.loss, totals.weight, totals.carry, totals.aux)
@@ -155,6 +158,18 @@ def _not_floating(params: Tree) -> str:
     kinds = {path: getattr(leaf, "dtype", None) or type(leaf).__name__ for path, leaf in tree.named(params).items()}
     wrong = [f"{path!r} is {kind}" for path, kind in kinds.items() if not getattr(kind, "is_floating_point", False)]
     return f"gradients are defined for floating params; {', '.join(wrong)}: keep such tensors in the carry or the batch"
+
+
+def summed(grad: Any, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None) -> Gradient:
+    """What `grad` gives, as sums over examples, whatever its own reducer is: what another reducer can go on with.
+
+    A linear reducer's unfinished result is such a sum; any other's is finished, and counted with its weight.
+    """
+    if grad.reduce.linear:
+        return grad(params, batch, carry=carry, key=key)
+    done: Gradient = grad.finished(params, batch, carry=carry, key=key)
+    grads, loss, aux = tree.map(lambda leaf: leaf * done.weight.to(leaf.dtype), (done.grads, done.loss, done.aux))
+    return done._replace(grads=grads, loss=loss, aux=aux)
 
 
 def as_gradient(value: Any) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
-from functrain.core.errors import LossError
+from functrain.core.errors import DonatedError, LossError
+from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
 
@@ -49,11 +50,28 @@ def declared(loss: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(loss).parameters) & {"carry", "key"}
 
 
-def total(loss: Callable[..., Any], uses: frozenset[str], params: Tree, batch: Tree, carry: Tree, key: Tensor | None) -> Totals:
-    """Call a loss and add up what it returns, holding it to its contract (`LossError`)."""
+def total(
+    loss: Callable[..., Any],
+    uses: frozenset[str],
+    params: Tree,
+    batch: Tree,
+    size: int,
+    carry: Tree,
+    key: Tensor | None,
+) -> Totals:
+    """Call a loss on a batch of `size` examples and add up what it returns, holding it to its contract (`LossError`)."""
     keywords = {name: value for name, value in (("carry", carry), ("key", key)) if name in uses}
-    result = normalised(loss(params, batch, **keywords), "carry" in uses)
-    losses = _checked(result.losses)
+    try:
+        output = loss(params, batch, **keywords)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if _emptied(params):
+            raise DonatedError(
+                "these params belong to a state that was given to a donating step, which took their buffers over: use those of "
+                "the state that the step returned"
+            ) from error
+        raise
+    result = normalised(output, "carry" in uses)
+    losses = _checked(result.losses, size)
     count = losses.numel()
     if result.weights is None:
         weight = torch.full((), float(count), dtype=torch.float64, device=losses.device)
@@ -96,7 +114,20 @@ def normalised(output: Any, carries: bool) -> Losses:
     return result
 
 
-def _checked(losses: Any) -> Tensor:
+def measures(aux: Tree) -> dict[str, Any]:
+    """The leaves of `aux` by name: `aux.loss` and `aux.weight` where the plain name is taken, `aux` for a bare tensor."""
+    if aux is None:
+        return {}
+    taken = ("loss", "weight")
+    return {f"aux.{name}" if name in taken else name or "aux": leaf for name, leaf in tree.named(aux).items()}
+
+
+def _emptied(params: Tree) -> bool:
+    leaves = tree.leaves(params)
+    return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.shape == (0,) for leaf in leaves)
+
+
+def _checked(losses: Any, size: int) -> Tensor:
     if not isinstance(losses, Tensor):
         raise LossError(f"a loss returns a tensor of per-example losses, got {_described(losses)}")
     if losses.ndim == 0:
@@ -108,6 +139,11 @@ def _checked(losses: Any) -> Tensor:
         raise LossError(f"per-example losses must be floating, got {losses.dtype}")
     if losses.numel() == 0:
         raise LossError(f"the loss returned no losses (shape {tuple(losses.shape)}): the batch is empty")
+    if losses.shape[0] % size:
+        raise LossError(
+            f"the loss returned losses of shape {tuple(losses.shape)} for a batch of N = {size}: expected (N, …), or "
+            "(N · T, …) with the time folded in; to leave some out, give them the weight 0: (losses, weights)"
+        )
     return losses
 
 
@@ -118,6 +154,8 @@ def _expanded(weights: Any, losses: Tensor) -> Tensor:
         raise LossError(
             f"weights have shape {tuple(weights.shape)}, losses {tuple(losses.shape)}: expected the same shape, or a prefix"
         )
+    if weights.is_cpu and not inside_transform() and not inside_tracing() and bool((weights < 0).any()):
+        raise LossError(f"weights must not be negative, the smallest is {weights.min().item():g}")
     return weights.to(losses.dtype).reshape(*weights.shape, *(1,) * (losses.ndim - weights.ndim)).expand_as(losses)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
+from functrain.core.errors import LossError
+from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
 
@@ -72,7 +74,14 @@ def add(left: Tree | None, right: Tree | None) -> Tree | None:
     return tree.map(torch.add, left, right)
 
 
+def checked_weight(weight: Tensor) -> None:
+    """Raise `LossError` where the mean over nothing is asked for, as far as that can be seen without waiting for a device."""
+    if weight.is_cpu and not inside_transform() and not inside_tracing() and not weight.item():
+        raise LossError("the weights of this batch sum to zero: there is nothing to take the mean of; leave such batches out")
+
+
 def _mean(total: Gradient) -> Gradient:
+    checked_weight(total.weight)
     grads, loss, aux = tree.map(lambda leaf: leaf / total.weight.to(leaf.dtype), (total.grads, total.loss, total.aux))
     return total._replace(grads=grads, loss=loss, aux=aux)
 

@@ -12,7 +12,7 @@ from functrain.core import loss as losses
 from functrain.core import random, reduce, tree
 from functrain.core.errors import ArgumentError, LossError, TreeError
 from functrain.core.explain import Stage, explain
-from functrain.core.grad import Grad, as_gradient, checked_size
+from functrain.core.grad import Grad, as_gradient, checked_size, summed
 from functrain.core.loss import Losses
 from functrain.core.reduce import Gradient, Reducer
 from functrain.core.step import Metrics, Step
@@ -98,7 +98,8 @@ def tbptt(inner: Any, window: int, start: Start = None) -> Any:
     - `tbptt(step, window, start)`: a step that updates after each window, and still counts as one step: metrics
       are means over the windows (weighted), randomness is folded with the window.
 
-    Where `parallel` cuts the batches inside, the gradient has to say that its carry is cut too: `ft.grad(loss, lanes=True)`.
+    Where `parallel` cuts the batches inside, the gradient has to say that its carry is cut with them:
+    `ft.parallel(ft.grad(loss, lanes=True), …)`.
 
     A window as long as the sequence is full backpropagation. Raises `LossError` for a loss without carry.
 
@@ -123,7 +124,10 @@ def _started(start: Start, batch: Tree) -> Tree:
     if carry is None:
         raise LossError("tbptt needs the carry that a sequence starts with: tbptt(…, window, start=lambda batch: zeros)")
     if tree.batch_size(carry) != tree.batch_size(batch):
-        raise TreeError(f"start has N = {tree.batch_size(carry)}, the batch N = {tree.batch_size(batch)}: expected the same")
+        raise TreeError(
+            f"start has N = {tree.batch_size(carry)}, the batch N = {tree.batch_size(batch)}: a carry has a lane for each "
+            "example, leaves (N, …); turn nn.LSTM's (layers, N, H) around in the loss, h.transpose(0, 1)"
+        )
     return carry
 
 
@@ -135,11 +139,10 @@ class Tbptt:
     def __init__(self, grad: Any, window: int, start: Start) -> None:
         if "carry" not in grad.uses:
             raise LossError("tbptt threads a carry, and the loss does not declare one: write loss(params, batch, *, carry)")
-        if not isinstance(grad, Grad) and not grad.lanes:
-            raise LossError("tbptt's carry has a lane for each example: say so inside parallel, ft.grad(loss, lanes=True)")
+        _check_lanes(grad)
         self.grad, self.window, self.start = grad, window, start
         self.uses = grad.uses - {"carry"}
-        self.reduce: Reducer = grad.reduce
+        self.reduce: Reducer = grad.reduce if grad.reduce.linear else reduce.mean
 
     def __call__(self, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None) -> Gradient:
         size = checked_size(batch)
@@ -148,7 +151,7 @@ class Tbptt:
         total = None
         for number, part in enumerate(windows(batch, self.window)):
             folded = None if keys is None else random.fold_in(keys, number)
-            taken = self.grad(params, part, carry=carry, key=folded)
+            taken = summed(self.grad, params, part, carry=carry, key=folded)
             carry = tree.map(Tensor.detach, taken.carry)
             total = reduce.add(total, taken._replace(carry=None))
         assert total is not None
@@ -164,7 +167,17 @@ class Tbptt:
         return Stage(f"tbptt, windows of {self.window}", facts, [explain(self.grad)])
 
 
+def _check_lanes(grad: Any) -> None:
+    if grad is not None and not isinstance(grad, Grad) and not grad.lanes:
+        raise LossError(
+            "tbptt's carry has a lane for each example, and the gradient inside cuts batches: say that it is to cut the carry "
+            "too, ft.parallel(ft.grad(loss, lanes=True), …)"
+        )
+
+
 def _step(step: Step, window: int, start: Start) -> Step:
+    _check_lanes(step.grad)
+
     def update(state: Any, batch: Tree) -> tuple[Any, Metrics]:
         key, position = state.key, state.position
         outer, rows = state.carry, []
@@ -174,9 +187,12 @@ def _step(step: Step, window: int, start: Start) -> Step:
             rows.append(metrics)
         return state._replace(carry=outer, key=key, position=position + 1), _mean(rows)
 
+    def stage() -> Stage:
+        return Stage(f"tbptt, an update each window of {window}", {}, [explain(step)])
+
     if step.donates:
         raise ArgumentError("tbptt cannot be made of a donating step: donate outside, ft.compiled(ft.tbptt(step, …))")
-    return Step(step.init, update, lambda: Stage(f"tbptt, an update each window of {window}", {}, [explain(step)]))
+    return Step(step.init, update, stage, grad=step.grad)
 
 
 def _mean(rows: list[Metrics]) -> Metrics:

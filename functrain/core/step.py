@@ -13,6 +13,7 @@ from functrain.core import random, tree
 from functrain.core.errors import ArgumentError, DonatedError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.grad import as_gradient
+from functrain.core.loss import measures
 from functrain.core.optim.base import Hyper, Optimizer, Schedule, apply_updates, resolve
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
@@ -36,19 +37,30 @@ class State(NamedTuple):
     key: Tensor
     position: Tensor
 
+    def __repr__(self) -> str:
+        leaves = [leaf for leaf in tree.leaves(self.params) if isinstance(leaf, Tensor)]
+        params = f"{len(leaves)} tensors, {sum(leaf.numel() for leaf in leaves):,} numbers"
+        where = self.position.tolist() if isinstance(self.position, Tensor) else self.position
+        return f"<State at position {where}: params {params}; opt {type(self.opt).__name__}; carry {_sized(self.carry)}>"
+
+
+def _sized(carry: Tree) -> str:
+    return "none" if carry is None else f"{len(tree.leaves(carry))} tensors"
+
 
 @dataclass(frozen=True)
 class Step:
     """Two functions: `init(params, carry=None, seed=0) -> state` and `update(state, batch) -> (state, metrics)`.
 
     A step is called like its `update`. Combinators take a step and return one. With `donates`, update takes
-    the state's buffers over, and the state that it was given is empty afterwards.
+    the state's buffers over, and the state that it was given is empty afterwards. `grad` is the gradient it takes.
     """
 
     init: Callable[..., Any]
     update: Callable[[Any, Tree], tuple[Any, Metrics]]
     stage: Callable[[], Stage]
     donates: bool = False
+    grad: Any = None
 
     def __call__(self, state: Any, batch: Tree) -> tuple[Any, Metrics]:
         return self.update(state, batch)
@@ -65,7 +77,8 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
 
     - gives the gradient the randomness `fold_in(state.key, state.position)` when the loss declares `key`;
     - returns metrics as 0-d tensors: `loss` (the mean, of the params *before* the update), `weight`
-      (what it is the mean over), every hyperparameter on a schedule, and the loss's `aux` measures.
+      (what it is the mean over), every hyperparameter on a schedule, and the loss's `aux` measures by name
+      (`aux.loss`, `aux.weight` where the plain name is taken, `aux` for a bare tensor).
 
     With `donate` the state's buffers are updated in place, without memory of their own: the same values, and the
     state given is empty afterwards (`DonatedError` when it is used in a step again).
@@ -87,12 +100,14 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
     def init(params: Tree, *, carry: Tree = None, seed: int | Tensor = 0) -> State:
         mine = tree.map(_copied, params)
         device = next((leaf.device for leaf in tree.leaves(mine)), torch.device("cpu"))
-        key = (seed.clone() if isinstance(seed, Tensor) else random.key(seed)).to(device)
+        key = (_key(seed) if isinstance(seed, Tensor) else random.key(seed)).to(device)
         position = torch.zeros((), dtype=torch.int64, device=device)
         return State(mine, optimizer.init(mine), tree.map(_copied, carry), key, position)
 
     def update(state: State, batch: Tree) -> tuple[State, Metrics]:
         check_owned(state)
+        if state.position.ndim:
+            raise TreeError("this is the state of a population: step it with ft.population(step), or take a member out of it")
         key = random.fold_in(state.key, state.position) if "key" in grad.uses else None
         taken = grad.finished(state.params, batch, carry=state.carry, key=key)
         carry, plain = state.carry if taken.carry is None else taken.carry, _plain(state)
@@ -108,7 +123,7 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         else:
             updates, opt = optimizer.update(taken.grads, state.opt, state.params)
             params = apply_updates(state.params, updates)
-        metrics = {"loss": taken.loss, "weight": taken.weight, **_scheduled(optimizer, state.opt), **_measures(taken.aux)}
+        metrics = {"loss": taken.loss, "weight": taken.weight, **_scheduled(optimizer, state.opt), **measures(taken.aux)}
         new = State(params, opt, carry, state.key, state.position + 1)
         if not donate or not plain:
             return new, metrics
@@ -121,7 +136,13 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         facts = {"state": "donated: updated in place" if donate else "pure: a new state each step", "update": kernel}
         return Stage("step", facts, [explain(grad), explain(optimizer)])
 
-    return Step(init, update, stage, donate)
+    return Step(init, update, stage, donate, grad)
+
+
+def _key(seed: Tensor) -> Tensor:
+    if seed.ndim or seed.dtype != torch.int64:
+        raise ArgumentError(f"a seed is an int, or a key (0-d int64), got a tensor {tuple(seed.shape)} of {seed.dtype}")
+    return seed.clone()
 
 
 def _copied(leaf: Any) -> Tensor:
@@ -141,12 +162,6 @@ def _scheduled(optimizer: Any, state: Any) -> Metrics:
     settings: dict[str, Hyper] = getattr(optimizer, "settings", {})
     scheduled = {name: value for name, value in settings.items() if isinstance(value, Schedule)}
     return resolve({**scheduled}, state.hyper, state.steps) if scheduled else {}
-
-
-def _measures(aux: Tree) -> Metrics:
-    if aux is None:
-        return {}
-    return {f"aux.{name}" if name in ("loss", "weight") else name or "aux": leaf for name, leaf in tree.named(aux).items()}
 
 
 # --- donation --------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def stack(trees: Iterable[Tree]) -> Tree:
 
 
 def unstack(tree: Tree) -> list[Tree]:
-    """One tree for each place along the first dimension: undoes `stack`.
+    """One tree for each place along the first dimension, with memory of its own: undoes `stack`.
 
     >>> unstack({"x": torch.tensor([1, 2])})
     [{'x': tensor(1)}, {'x': tensor(2)}]
@@ -178,7 +178,8 @@ def unstack(tree: Tree) -> list[Tree]:
     tensors, spec = flatten(tree)
     size = batch_size(tree)
     columns = [leaf.unbind(0) for leaf in tensors]
-    return [unflatten(spec, [column[place] for column in columns]) for place in range(size)]
+    # Copies: views of a state that is donated later would change under their owner's hands.
+    return [unflatten(spec, [column[place].clone() for column in columns]) for place in range(size)]
 
 
 def concat(trees: Iterable[Tree]) -> Tree:

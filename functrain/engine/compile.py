@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from functrain.core import tree
-from functrain.core.errors import ArgumentError, FunctrainError
+from functrain.core.errors import ArgumentError, FunctrainError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.step import Metrics, Step, apart, check_owned, moved, taken_over
+from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
 
@@ -43,15 +45,23 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
 
     def update(state: Any, batch: Tree) -> tuple[Any, Metrics]:
         nonlocal eager
+        if inside_tracing() or inside_transform():
+            # A compiler or transform around this one takes the step as it is.
+            return step.update(state, batch)
         check_owned(state)
         if eager:
             return _eager(step, state, batch, donate)
         given, given_spec = tree.flatten((state, batch))
+        given = [leaf if isinstance(leaf, Tensor) and not _lazy(leaf) else _resolved(leaf) for leaf in given]
         signature = (given_spec, *[(leaf.shape, leaf.stride(), leaf.dtype, leaf.device) for leaf in given])
         graph = graphs.get(signature)
         if graph is None:
             try:
-                graph = graphs[signature] = _Graph(step, state, batch, donate)
+                # Tracing and inductor patch what is global: two threads at once would corrupt each other's graphs.
+                with _COMPILING:
+                    graph = graphs.get(signature)
+                    if graph is None:
+                        graph = graphs[signature] = _Graph(step, *tree.unflatten(given_spec, given), donate)
             except _NoCompilerError as error:
                 eager = True
                 warnings.warn(f"no C++ compiler ({error}): the step runs uncompiled", RuntimeWarning, stacklevel=2)
@@ -64,9 +74,30 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
             "state": "donated: updated in place" if donate else "pure: a new state each step",
             "traced for": f"{len(graphs)} shapes so far",
         }
-        return Stage("compiled", facts, [explain(step)])
+        return Stage("compiled", facts, [_in_graph(explain(step))])
 
-    return Step(step.init, update, stage, donate)
+    return Step(step.init, update, stage, donate, step.grad)
+
+
+def _in_graph(stage: Stage) -> Stage:
+    """What a step says of itself, without what holds only outside a graph."""
+    facts = {name: text for name, text in stage.facts.items() if name not in ("state", "update")}
+    return Stage(stage.title, facts, [_in_graph(inner) for inner in stage.inner])
+
+
+_COMPILING = threading.Lock()
+
+
+def _lazy(leaf: Tensor) -> bool:
+    return leaf.is_conj() or leaf.is_neg()
+
+
+def _resolved(leaf: Any) -> Tensor:
+    # A lazily negated or conjugated view has the shape and strides of a plain tensor, and other values.
+    if not isinstance(leaf, Tensor):
+        got = type(leaf).__name__
+        raise TreeError(f"states and batches are trees of tensors, got a leaf that is {got}: see torch.as_tensor")
+    return leaf.resolve_conj().resolve_neg()
 
 
 class _NoCompilerError(Exception):
@@ -139,25 +170,29 @@ def _fits(leaf: Tensor, buffer: Tensor) -> bool:
 def _traced(function: Callable[..., Any], examples: list[Tensor]) -> GraphModule:
     # Traced at the level of operators and given to inductor directly: no guards are checked at each call
     # (233 µs against 301 µs by torch.compile for an MLP of 64-128-128-10), and no Python feature is out of bounds.
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    # On tensors without values: a loss that looks at one fails here, where with values it would become a constant.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        # The trace runs the step once, on copies: a donating step writes into what it is given.
         with torch.no_grad():
-            return make_fx(function)(*map(_copy, examples))
+            return make_fx(function)(*map(mode.from_tensor, examples))
     except RuntimeError as error:
-        if "tracing tensor" not in str(error):
+        looks = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+        if not looks and not any(text in str(error) for text in _LOOKS):
             raise
         raise FunctrainError(
-            "the step is not one graph, it reads the value of a tensor (an if, float() or .item() in the loss): use "
-            "torch.where, or run the step uncompiled"
+            "the step is not one graph, it reads the value of a tensor (an if, float(), .item(), .tolist(), .numpy() or a "
+            f"boolean mask in the loss): use torch.where or weights, or run the step uncompiled ({_first_line(error)})"
         ) from error
 
 
-def _copy(leaf: Tensor) -> Tensor:
-    # clone() makes an expanded or sliced tensor dense, and the trace would then be that of other strides.
-    copy = leaf.clone()
-    return copy if copy.stride() == leaf.stride() else leaf
+_LOOKS = ("tracing tensor", "data-dependent", "not supported for tensor subclasses", "Cannot access data pointer")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _hands_on(graph: GraphModule) -> bool:
@@ -215,5 +250,5 @@ def _compile(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
             return torch._inductor.compile(graph, list(examples), options=unchecked)
     except (InvalidCxxCompiler, InductorError) as error:
         if isinstance(error, InvalidCxxCompiler) or "InvalidCxxCompiler" in str(error):
-            raise _NoCompilerError(str(error).strip().split("\n")[0]) from error
+            raise _NoCompilerError(_first_line(error)) from error
         raise

@@ -22,7 +22,9 @@ def evaluate(loss: Callable[..., Any], params: Tree, source: Any, *, carry: Tree
     `carry` gets the same one for each batch; one that declares `key` gets that of `seed` and the batch's position.
 
     - `source`: a finite source of batches, or any iterable of them;
-    - returns `{"loss": …, **aux}` as floats.
+    - returns `{"loss": …, **aux}` as floats (an aux measure called `loss` or `weight` as `aux.loss`, `aux.weight`).
+
+    What is evaluated is the loss as it is given: for batch norm and dropout write it with `apply.eval()`.
 
     >>> import functrain as ft
     >>> loss = lambda params, batch: ft.Losses((batch - params) ** 2, aux={"error": (batch - params).abs()})
@@ -36,14 +38,16 @@ def evaluate(loss: Callable[..., Any], params: Tree, source: Any, *, carry: Tree
     total = None
     with torch.no_grad():
         for position, batch in enumerate(source):
-            keys = random.example_keys(random.fold_in(key, position), checked_size(batch)) if "key" in uses else None
+            size = checked_size(batch)
+            keys = random.example_keys(random.fold_in(key, position), size) if "key" in uses else None
             losses.missing(uses, carry, keys)
-            sums = losses.total(loss, uses, params, batch, carry, keys)
+            sums = losses.total(loss, uses, params, batch, size, carry, keys)
             # Sums over many batches outgrow float32.
             doubled = tree.map(torch.Tensor.double, (sums.loss, sums.weight, sums.aux))
             total = reduce.add(total, doubled)
     if total is None:
         raise ArgumentError("the source has no batches to evaluate on")
     loss_sum, weight, aux = total
-    means = {"loss": loss_sum / weight} | {name or "aux": value / weight for name, value in tree.named(aux).items()}
-    return {name: value.item() for name, value in means.items()}
+    reduce.checked_weight(weight)
+    means = {"loss": loss_sum, **losses.measures(aux)}
+    return {name: (value / weight).item() for name, value in means.items()}

@@ -46,6 +46,8 @@ class Experiment:
             raise ArgumentError(f"epochs must be an int of at least 0, got {self.epochs!r}")
         if not isinstance(self.train, Source) or self.train.length is None:
             raise ArgumentError("train must be a finite source of batches: leave .repeat() out, epochs do that")
+        if not self.train.length:
+            raise ArgumentError("train has no batches: an epoch needs at least one")
 
     def initial(self) -> Any:
         """The state before the first step."""

@@ -49,7 +49,9 @@ def _batches(state: Any, batches: Any, steps: int | None) -> Iterator[Tree]:
     if steps is None:
         if source.length is None:
             raise ArgumentError("the source has no end: say how many steps, fold(step, state, source, steps=…)")
-        steps = source.length - start % source.length
+        steps = source.length - start % source.length if source.length else 0
+    if steps == 0:
+        return
     if isinstance(batches, Prefetch):
         yield from batches.between(start, start + steps)
         return
@@ -101,4 +103,7 @@ def repeat(step: Step, steps: int) -> Step:
             rows.append(metrics)
         return state, {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    return Step(step.init, update, lambda: Stage(f"repeat, {steps} steps in one", {}, [explain(step)]), step.donates)
+    def stage() -> Stage:
+        return Stage(f"repeat, {steps} steps in one", {}, [explain(step)])
+
+    return Step(step.init, update, stage, step.donates, step.grad)

@@ -11,7 +11,7 @@ from torch import Tensor
 from functrain.core import random, reduce, tree
 from functrain.core.errors import ArgumentError
 from functrain.core.explain import Stage, explain
-from functrain.core.grad import as_gradient, checked_size
+from functrain.core.grad import as_gradient, checked_size, summed
 from functrain.core.loss import missing
 from functrain.core.reduce import Gradient, Reducer
 from functrain.core.transforms import inside_tracing, inside_transform
@@ -140,7 +140,7 @@ class Parallel:
 
     def _taken(self, params: Tree, parts: list[Part]) -> Iterator[Gradient] | list[Gradient]:
         def one(part: Part) -> Gradient:
-            return self.grad(params, part.batch, carry=part.carry, key=part.keys)
+            return summed(self.grad, params, part.batch, carry=part.carry, key=part.keys)
 
         if self.plan.how == "vmap":
             return self._by_vmap(params, parts)
@@ -172,7 +172,7 @@ class Parallel:
         def one(*leaves: Tensor) -> tuple[Tensor, ...]:
             nonlocal result
             part = tree.unflatten(spec, leaves)
-            gradient = self.grad(params, part.batch, carry=part.carry, key=part.keys)
+            gradient = summed(self.grad, params, part.batch, carry=part.carry, key=part.keys)
             outputs, result = tree.flatten(gradient)
             return tuple(outputs)
 

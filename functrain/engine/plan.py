@@ -50,6 +50,8 @@ def _against_fusing(grad: Any, linear: bool, exact: bool) -> str:
         return "exact=True asks for the bits of the tree"
     if not linear:
         return "the reducer has to see the parts"
+    if not grad.reduce.linear:
+        return "the gradient inside has a reducer that has to see its parts"
     if "carry" in grad.uses and not grad.lanes:
         return "the loss threads shared buffers, so it is not additive over parts"
     return ""

@@ -42,16 +42,23 @@ def population(step: Step) -> Step:
         if not states:
             raise ArgumentError("a population needs at least one member's state")
         for state in states:
+            if not hasattr(state, "position"):
+                got = type(state).__name__
+                raise ArgumentError(f"a population's init takes a list of states, [step.init(…), …], got {got}")
             check_owned(state)
+        if any(state.position.ndim for state in states):
+            raise TreeError("a member of a population is a single state, got that of a population: see ft.tree.unstack")
         if len({int(state.position) for state in states}) > 1:
             raise TreeError("members of a population have to be at the same position")
-        shapes = [[leaf.shape for leaf in tree.leaves(state)] for state in states]
-        if not tree.same_structure(*states) or any(shape != shapes[0] for shape in shapes):
-            raise TreeError("members of a population have to agree in structure and shapes of their states")
+        kinds = [[(leaf.shape, leaf.dtype) for leaf in tree.leaves(state)] for state in states]
+        if not tree.same_structure(*states) or any(kind != kinds[0] for kind in kinds):
+            raise TreeError("members of a population have to agree in structure, shapes and dtypes of their states")
         return tree.stack(states)
 
     def update(states: Any, batch: Tree) -> tuple[Any, Metrics]:
         check_owned(states)
+        if states.position.ndim != 1:
+            raise TreeError("this is a single state: a population's is made by its init([state, …]) from its members'")
         flat, spec = tree.flatten(states)
         result = None
 

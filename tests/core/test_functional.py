@@ -175,7 +175,7 @@ def test_a_module_that_writes_buffers_in_its_own_way_needs_a_carry():
     assert out.tolist() == [1.0, 1.0]
     assert carry["calls"] == 1
     assert apply.buffers["calls"] == 0
-    with pytest.raises(ft.LossError, match="wrote into its buffers 'calls'"):
+    with pytest.raises(ft.LossError, match="changes its buffers 'calls'"):
         apply(params, torch.zeros(2))
 
 

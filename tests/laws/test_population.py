@@ -113,7 +113,7 @@ def test_members_have_to_fit_together():
     wide = step.init(net_params() | {"scale": torch.ones(2)})
     together = ft.population(step)
     for members in ([start, other.init(net_params())], [start, wide], [start, step.init({"w": torch.ones(2)})]):
-        with pytest.raises(ft.TreeError, match="structure and shapes"):
+        with pytest.raises(ft.TreeError, match="structure, shapes and dtypes"):
             together.init(members)
     with pytest.raises(ft.TreeError, match="same position"):
         together.init([start, step(start, net_batch(2))[0]])

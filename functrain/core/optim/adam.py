@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
-from functrain.core.optim.base import Hyper, Optimizer, checked, checked_grads, place, resolve
+from functrain.core.optim.base import Hyper, Optimizer, checked, checked_grads, checked_state, place, resolve
 from functrain.core.tree import Tree
 
 
@@ -73,6 +73,7 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
         return AdamState(count, zeros, tree.map(torch.zeros_like, params), place(settings, params))
 
     def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
+        checked_state(state, AdamState)
         checked_grads(grads, params)
         now = resolve(settings, state.hyper, state.steps)
         count = state.steps + 1
@@ -86,6 +87,7 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
         return tree.unflatten(spec, updates), new
 
     def fused(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
+        checked_state(state, AdamState)
         now = {name: value.item() for name, value in resolve(settings, state.hyper, state.steps).items()}
         count = state.steps + 1
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_

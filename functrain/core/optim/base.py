@@ -115,6 +115,12 @@ def _within(low: float, high: float) -> str:
     return f"in [{low:g}, {high:g})" if high < math.inf else f"of at least {low:g}"
 
 
+def checked_state(state: Any, kind: type[Any]) -> None:
+    """Raise `TreeError` when `state` is not of the kind that an optimizer's `init` makes."""
+    if not isinstance(state, kind):
+        raise TreeError(f"expected the {kind.__name__} that this optimizer's init makes, got {type(state).__name__}")
+
+
 def checked_grads(grads: Tree, params: Tree) -> None:
     """Raise `TreeError`, naming the path, when grads and params differ in structure."""
     if not tree.same_structure(params, grads):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functrain.core import tree
 from functrain.core.errors import ArgumentError
-from functrain.core.optim.base import Hyper, Optimizer, checked, checked_grads, place, resolve
+from functrain.core.optim.base import Hyper, Optimizer, checked, checked_grads, checked_state, place, resolve
 from functrain.core.tree import Tree
 
 
@@ -57,6 +57,7 @@ def sgd(
         return SgdState(count, buffers, place(settings, params))
 
     def update(grads: Tree, state: SgdState, params: Tree) -> tuple[Tree, SgdState]:
+        checked_state(state, SgdState)
         checked_grads(grads, params)
         now = resolve(settings, state.hyper, state.steps)
         if "weight_decay" in now:

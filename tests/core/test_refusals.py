@@ -1,0 +1,179 @@
+"""Inputs that once went through unnoticed: each is now an error that says what to do, or the right number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import functrain as ft
+
+W = {"w": torch.tensor(0.5)}
+
+
+def sgd(loss) -> ft.Step:
+    return ft.step(ft.grad(loss), ft.optim.sgd(0.1))
+
+
+def square(params, batch):
+    return (batch * params["w"]) ** 2
+
+
+def test_losses_that_do_not_belong_to_the_examples_are_refused():
+    step = sgd(lambda params, batch: params["w"] * torch.ones(7))
+    with pytest.raises(ft.LossError, match=r"shape \(7,\) for a batch of N = 3"):
+        step(step.init(W), torch.ones(3))
+
+
+def test_losses_with_time_folded_in_are_fine():
+    step = sgd(lambda params, batch: square(params, batch).flatten())
+    _, metrics = step(step.init(W), torch.ones(3, 4))
+    assert float(metrics["weight"]) == 12
+
+
+def test_weights_that_sum_to_zero_are_refused():
+    step = sgd(lambda params, batch: (square(params, batch), batch * 0))
+    with pytest.raises(ft.LossError, match="sum to zero"):
+        step(step.init(W), torch.ones(3))
+
+
+def test_one_part_without_weight_is_fine():
+    def loss(params, batch):
+        return square(params, batch["x"]), batch["weight"]
+
+    batch = {"x": torch.arange(4.0), "weight": torch.tensor([0.0, 0.0, 1.0, 2.0])}
+    whole, parts = ft.grad(loss), ft.parallel(ft.grad(loss), 2, how="loop")
+    torch.testing.assert_close(parts.finished(W, batch).grads, whole.finished(W, batch).grads)
+
+
+def test_negative_weights_are_refused():
+    step = sgd(lambda params, batch: (square(params, batch), -batch))
+    with pytest.raises(ft.LossError, match="weights must not be negative, the smallest is -1"):
+        step(step.init(W), torch.ones(3))
+
+
+def test_an_aux_measure_called_loss_does_not_take_the_place_of_the_loss():
+    def loss(params, batch):
+        return ft.Losses(batch * 0 + 1.0, aux={"loss": batch * 0, "right": batch})
+
+    expected = {"loss": 1.0, "aux.loss": 0.0, "right": 1.0}
+    assert ft.evaluate(loss, W, ft.arrays(torch.ones(4)).batch(2)) == expected
+    step = sgd(loss)
+    _, metrics = step(step.init(W), torch.ones(4))
+    assert {name: float(metrics[name]) for name in expected} == expected
+
+
+def test_params_of_a_donated_state_say_so_where_they_are_used():
+    loss = lambda params, batch: (batch @ params["w"]) ** 2  # noqa: E731
+    step = ft.step(ft.grad(loss), ft.optim.adam(), donate=True)
+    state = step.init({"w": torch.ones(2)})
+    step(state, torch.ones(3, 2))
+    with pytest.raises(ft.DonatedError, match="the state that the step returned"):
+        ft.evaluate(loss, state.params, [torch.ones(3, 2)])
+
+
+def recurrent(params, x, *, carry):
+    hidden = carry + params * x.sum(1)
+    return hidden**2, hidden
+
+
+def zeros(x):
+    return torch.zeros(len(x))
+
+
+def test_cut_batches_inside_tbptt_need_lanes_of_carry():
+    cut = ft.parallel(ft.grad(recurrent), 4)
+    for inner in (cut, ft.step(cut, ft.optim.sgd(0.1)), ft.accumulate(ft.grad(recurrent), 2)):
+        with pytest.raises(ft.LossError, match="lanes=True"):
+            ft.tbptt(inner, 2, zeros)
+
+
+@pytest.mark.parametrize("how", ["auto", "loop", "threads"])
+def test_cut_batches_inside_tbptt_with_lanes_are_the_whole(how):
+    x, params = ft.random.normal(ft.random.key(0), (5, 6)), torch.tensor(1.0)
+    whole = ft.tbptt(ft.grad(recurrent), 2, zeros)(params, x)
+    cut = ft.tbptt(ft.parallel(ft.grad(recurrent, lanes=True), 5, how=how, workers=2), 2, zeros)(params, x)
+    torch.testing.assert_close(cut.grads, whole.grads)
+    assert float(cut.weight) == float(whole.weight) == 15
+
+
+def test_a_start_with_layers_in_front_is_told_to_turn_around():
+    gradient = ft.tbptt(ft.grad(recurrent), 2, lambda x: torch.zeros(1, len(x)))
+    with pytest.raises(ft.TreeError, match="transpose"):
+        gradient(torch.tensor(1.0), torch.ones(5, 6))
+
+
+@pytest.mark.parametrize("how", ["auto", "loop", "threads", "vmap"])
+def test_a_reducer_that_is_not_linear_inside_another_parallel_is_finished_first(how):
+    def larger(a, b):
+        return ft.tree.map(lambda x, y: torch.where(a.loss >= b.loss, x, y), a, b)
+
+    worst = ft.Reducer("worst", merge=larger, finish=ft.reduce.mean.finish)
+    inner = ft.parallel(ft.grad(lambda params, batch: (batch - params) ** 2), 2, worst)
+    batch = torch.tensor([1.0, 5, 2, 9, 3, 4, 7, 1])
+    found = ft.parallel(inner, 2, how=how).finished(torch.tensor(0.0), batch)
+    # The worse quarter of each half: (2, 9) with gradient −11 and (7, 1) with gradient −8.
+    assert float(found.grads) == -9.5
+
+
+class Counter(nn.Module):
+    """Binds its buffer anew at each call, or adds to it in place."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        return x
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_module_that_changes_its_buffers_needs_a_carry(in_place):
+    _, apply = ft.functional(Counter(in_place))
+    with pytest.raises(ft.LossError, match="changes its buffers 'calls'"):
+        apply({}, torch.ones(2))
+    assert float(apply.buffers["calls"]) == 0
+    _, carry = apply({}, torch.ones(2), carry=apply.buffers)
+    assert float(carry["calls"]) == 1
+
+
+@pytest.mark.parametrize("seed", [torch.tensor([1, 2]), torch.tensor(1.5)])
+def test_a_seed_tensor_is_a_key(seed):
+    with pytest.raises(ft.ArgumentError, match="a seed is an int, or a key"):
+        sgd(square).init(W, seed=seed)
+
+
+def test_states_that_belong_elsewhere_are_told_apart():
+    step, many = sgd(square), ft.population(sgd(square))
+    alone, stacked = step.init(W), many.init([step.init(W)] * 2)
+    with pytest.raises(ft.TreeError, match="single state"):
+        many(alone, torch.ones(2))
+    with pytest.raises(ft.TreeError, match="state of a population"):
+        step(stacked, torch.ones(2))
+    with pytest.raises(ft.TreeError, match="unstack"):
+        many.init([stacked])
+    with pytest.raises(ft.ArgumentError, match="list of states"):
+        many.init(W)
+    with pytest.raises(ft.TreeError, match="dtypes"):
+        many.init([step.init(W), step.init({"w": torch.tensor(0.5, dtype=torch.float64)})])
+    adam = ft.step(ft.grad(square), ft.optim.adam()).init(W)
+    with pytest.raises(ft.TreeError, match="SgdState"):
+        step(adam, torch.ones(2))
+
+
+def test_a_state_shows_itself_in_a_line():
+    state = sgd(square).init({"a": torch.zeros(1000), "b": torch.zeros(3)})
+    assert repr(state) == "<State at position 0: params 2 tensors, 1,003 numbers; opt SgdState; carry none>"
+
+
+def test_an_experiment_without_batches_is_refused():
+    empty = ft.arrays(torch.arange(3)).shard(5, 9)
+    step = sgd(square)
+    assert list(ft.fold(step, step.init(W), empty)) == []
+    with pytest.raises(ft.ArgumentError, match="no batches"):
+        ft.Experiment(step, W, empty, 1)
