@@ -1,5 +1,6 @@
 """functrain: training as a composition of pure functions."""
 
+from functrain import testing
 from functrain.core import optim, random, reduce, tree
 from functrain.core.errors import (
     ArgumentError,
@@ -89,6 +90,7 @@ __all__ = [
     "states",
     "step",
     "tbptt",
+    "testing",
     "train",
     "tree",
     "tree_reduce",

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from functrain.core import optim, random, tree
-from functrain.core.errors import DonatedError, FunctrainError
+from functrain.core.errors import ArgumentError, DonatedError, FunctrainError
 from functrain.core.explain import explain
 from functrain.core.grad import grad as gradient_of
 from functrain.core.optim import Optimizer
@@ -118,6 +118,8 @@ def check_reducer(reducer: Reducer, examples: Sequence[Gradient] | None = None) 
     >>> import functrain as ft
     >>> check_reducer(ft.reduce.mean)
     """
+    if not isinstance(reducer, Reducer):
+        raise ArgumentError(f"check_reducer takes a Reducer(name, merge, finish), got {explain(reducer).title}")
     name = repr(reducer)
     params, batch = _line_problem()
     taken = gradient_of(_line)

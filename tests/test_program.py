@@ -44,6 +44,23 @@ def test_readmes_program_runs_as_it_stands(tmp_path: Path) -> None:
     assert "compiled" in done.stdout.splitlines()[0]
 
 
+def test_readmes_loss_with_everything_and_own_reducer_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    everything, reducer = (block for block in python_blocks() if "BatchNorm1d" in block or "def larger" in block)
+    names: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "ft": ft}
+    exec(everything + reducer, names)
+    assert "'accuracy'" in capsys.readouterr().out
+    assert int(names["state"].position) == 20
+
+
+def test_readmes_program_file_trains(tmp_path: Path) -> None:
+    (program,) = (block for block in python_blocks() if "class Config" in block)
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "functrain.cli", "train", "program.py", "--rate", "0.2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "test/params: 3." in done.stdout
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ft.Source:
     """Rows of an HDF5 file, memory-mapped, shuffled, in ragged batches."""
