@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from functrain.cli import load_program
+from functrain.core.errors import ConfigError
+from functrain.runs.directory import Run
 from functrain.runs.store import load_named
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +86,36 @@ def test_wrong_use_is_told_without_a_traceback(room: Path) -> None:
         assert done.returncode == status, (arguments, done.stdout, done.stderr)
         assert text in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("every", ["0", "-3", "1.5", "often"])
+def test_a_wrong_number_of_steps_makes_no_run(room: Path, every: str) -> None:
+    done = functrain("train", "line.py", "--run", f"every{every}", "--every", every, cwd=room)
+    assert done.returncode == 2
+    assert "expected a number of steps of at least 1" in done.stderr
+    assert not (room / f"every{every}").exists()
+
+
+def test_a_run_made_in_python_is_not_resumed_by_the_command_line(room: Path) -> None:
+    Run.create(room / "mine", {}, {})
+    done = functrain("resume", "mine", cwd=room)
+    assert done.returncode == 1
+    assert "mine was not made by the command line" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["run", "overwrite", "every", "quiet", "help"])
+def test_a_field_named_like_a_flag_of_functrain_is_refused(room: Path, name: str) -> None:
+    (room / f"{name}.py").write_text(PROGRAM.replace("rate", name))
+    with pytest.raises(ConfigError, match=f"Config has the field '{name}', and --{name} is a flag of functrain itself"):
+        load_program(room / f"{name}.py")
+
+
+def test_a_field_may_be_the_beginning_of_a_flag_of_functrain(room: Path) -> None:
+    (room / "short.py").write_text(PROGRAM.replace("rate", "ever"))
+    done = functrain("train", "short.py", "--run", "short", "--ever", "0.25", cwd=room)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((room / "short" / "config.json").read_text()) == {"epochs": 2, "ever": 0.25}
 
 
 def test_help_for_a_file_has_the_flags_of_its_config(room: Path) -> None:

@@ -7,12 +7,6 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from functrain.core.errors import DataError
-
-if TYPE_CHECKING:
-    import h5py
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -41,29 +35,3 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing(path: str, overwrite: bool) -> Iterator[h5py.File]:
-    """A new HDF5 file that takes the place of `path` when the block ends, and never was when it fails.
-
-    Raises `DataError` for a file that exists, unless `overwrite`, and for a directory that does not.
-    """
-    import h5py
-
-    check_free(path, overwrite)
-    with whole_file(path) as beside:
-        with h5py.File(beside, "x") as file:
-            yield file
-        check_free(path, overwrite)
-
-
-def check_free(path: str, overwrite: bool) -> None:
-    """Raise `DataError` where a file cannot be put at `path`."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise DataError(f"no directory {folder!r} to write {path!r} into: make it first")
-    if os.path.isdir(path):
-        raise DataError(f"{path!r} is a directory: give the path of a file")
-    if not overwrite and os.path.exists(path):
-        raise DataError(f"{path!r} exists: pass overwrite=True to replace it, or choose another path")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from functrain.core.errors import ArgumentError, DataError
-from functrain.data.atomic import check_free, replacing
-from functrain.data.layout import open_file
+from functrain.data.layout import FAILURES, check_chunks, intact, open_file
+from functrain.data.output import Output, check_free, replacing
+from functrain.data.slabs import slabs
+from functrain.data.source import integer
 
 if TYPE_CHECKING:
     import h5py
@@ -51,8 +51,7 @@ def h5concat(
     target, paths = os.fspath(destination), [os.fspath(source) for source in sources]
     if not paths:
         raise ArgumentError("sources is empty: name at least one file")
-    if memory < 1:
-        raise ArgumentError(f"memory must be at least 1 byte, got {memory}")
+    axis, memory = integer("axis", axis), integer("memory", memory, 1)
     check_free(target, overwrite)
     with ExitStack() as stack:
         files: dict[str, h5py.File] = {}
@@ -62,11 +61,14 @@ def h5concat(
                 files[path] = stack.enter_context(open_file(path))
         if os.path.exists(target) and any(os.path.samefile(target, path) for path in paths):
             raise ArgumentError(f"the destination {target!r} is one of the sources: choose another path")
-        members = {path: _members(file, path) for path, file in files.items()}
+        members = {}
+        for path, file in files.items():
+            with intact(repr(path)):
+                members[path] = _members(file, path)
         joined = _checked([(path, members[path][1]) for path in paths], axis)
         output = stack.enter_context(replacing(target, overwrite))
         for name, group in members[paths[0]][0].items():
-            _copy_attributes(group, output.require_group(name))
+            _copy_attributes(group, output.file.require_group(name), paths[0])
         for name, (datasets, place) in joined.items():
             _join(output, name, datasets, place, memory)
 
@@ -89,7 +91,7 @@ def _members(file: h5py.File, path: str) -> tuple[Groups, Datasets]:
             name = f"{group.name.rstrip('/')}/{key}"
             try:
                 item = group[key]
-            except (KeyError, OSError) as error:
+            except FAILURES as error:
                 raise DataError(f"link {name!r} in {path!r} leads nowhere: {error}") from error
             if isinstance(item, h5py.Dataset):
                 datasets[name] = item
@@ -113,9 +115,13 @@ def _checked(members: list[tuple[str, Datasets]], axis: int) -> dict[str, tuple[
             raise DataError(f"dataset {name!r} is in {has!r}, but not in {lacks!r}: all sources must hold the same datasets")
     joined = {}
     for name, model in first.items():
-        place = _axis(name, first_path, model, axis)
+        with intact(f"dataset {name!r} in {first_path!r}"):
+            place = _axis(name, first_path, model, axis)
+            check_chunks(model)
         for path, datasets in members[1:]:
-            _same(name, model, first_path, datasets[name], path, place)
+            with intact(f"dataset {name!r} in {path!r}"):
+                _same(name, model, first_path, datasets[name], path, place)
+                check_chunks(datasets[name])
         joined[name] = ([datasets[name] for _, datasets in members], place)
     return joined
 
@@ -147,52 +153,32 @@ def _same(name: str, model: h5py.Dataset, first: str, other: h5py.Dataset, path:
         )
 
 
-def _join(output: h5py.File, name: str, datasets: list[h5py.Dataset], axis: int, memory: int) -> None:
+def _join(output: Output, name: str, datasets: list[h5py.Dataset], axis: int, memory: int) -> None:
     model = datasets[0]
     shape = list(model.shape)
     shape[axis] = sum(dataset.shape[axis] for dataset in datasets)
-    joined = output.create_dataset(name, tuple(shape), model.dtype)
-    _copy_attributes(model, joined)
+    joined = output.file.create_dataset(name, tuple(shape), model.dtype)
+    _copy_attributes(model, joined, model.file.filename)
     start = 0
     for dataset in datasets:
         for slab in slabs(dataset.shape, dataset.dtype.itemsize, memory, dataset.chunks):
             here = slab[axis]
             there = (*slab[:axis], slice(start + here.start, start + here.stop), *slab[axis + 1 :])
-            try:
-                joined[there] = dataset[slab]
-            except (OSError, RuntimeError) as error:
-                raise DataError(f"dataset {name!r} in {dataset.file.filename!r} cannot be read: {error}") from error
+            with intact(f"dataset {name!r} in {dataset.file.filename!r}"):
+                block = dataset[slab]
+            joined[there] = block
+            output.check()
         start += dataset.shape[axis]
 
 
-def slabs(
-    shape: tuple[int, ...], itemsize: int, memory: int, chunks: tuple[int, ...] | None = None
-) -> Iterator[tuple[slice, ...]]:
-    """Blocks that cover an array and hold at most `memory` bytes each (or one element), whole chunks where they fit.
-
-    >>> list(slabs((5, 2), itemsize=4, memory=16))
-    [(slice(0, 2, None), slice(0, 2, None)), (slice(2, 4, None), slice(0, 2, None)), (slice(4, 5, None), slice(0, 2, None))]
-    """
-    steps = []
-    budget = max(1, memory // itemsize)
-    for place in range(len(shape)):
-        behind = max(1, math.prod(shape[place + 1 :]))
-        step = min(shape[place], max(1, budget // behind)) or 1
-        if chunks is not None and chunks[place] <= step < shape[place]:
-            step -= step % chunks[place]
-        steps.append(step)
-        budget = max(1, budget // step)
-    ranges = [[slice(n, min(n + step, size)) for n in range(0, size, step)] for size, step in zip(shape, steps)]
-    yield from itertools.product(*ranges)
-
-
-def _copy_attributes(origin: Any, target: Any) -> None:
+def _copy_attributes(origin: Any, target: Any, path: str) -> None:
     import h5py
 
-    for key in origin.attrs:
-        attribute = origin.attrs.get_id(key)
-        inner = [attribute.dtype[field] for field in attribute.dtype.names or ()] + [attribute.dtype]
-        inner += [kind for kind in map(h5py.check_vlen_dtype, inner) if isinstance(kind, type(attribute.dtype))]
-        # References point into the first file (dimension scales): there is nothing behind them in this one.
-        if not any(h5py.check_ref_dtype(kind) for kind in inner):
-            target.attrs.create(key, origin.attrs[key], dtype=attribute.dtype)
+    with intact(f"the attributes of {origin.name!r} in {path!r}"):
+        for key in origin.attrs:
+            attribute = origin.attrs.get_id(key)
+            inner = [attribute.dtype[field] for field in attribute.dtype.names or ()] + [attribute.dtype]
+            inner += [kind for kind in map(h5py.check_vlen_dtype, inner) if isinstance(kind, type(attribute.dtype))]
+            # References point into the first file (dimension scales): there is nothing behind them in this one.
+            if not any(h5py.check_ref_dtype(kind) for kind in inner):
+                target.attrs.create(key, origin.attrs[key], dtype=attribute.dtype)

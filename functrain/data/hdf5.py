@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functrain.core.errors import ArgumentError, DataError
 from functrain.core.tree import Tree
-from functrain.data.layout import Layout, found, layout_of, listing, open_file, opened
+from functrain.data.layout import FAILURES, Layout, dataset_of, found, intact, layout_of, listing, open_file, opened
 from functrain.data.rows import tensor, whole_run
 from functrain.data.source import Source
 
@@ -44,6 +44,10 @@ def hdf5(path: str | os.PathLike[str], group: str | None = None, *, datasets: Se
     """
     if isinstance(datasets, str):
         raise ArgumentError(f"datasets takes a list of names: datasets=[{datasets!r}], or group={datasets!r} for bare rows")
+    if group is not None and not isinstance(group, str):
+        raise ArgumentError(f"group takes the name of a group or dataset, got {group!r}")
+    if datasets is not None and not (isinstance(datasets, Sequence) and all(isinstance(name, str) for name in datasets)):
+        raise ArgumentError(f"datasets takes a list of names, got {datasets!r}")
     return HDF5(os.fspath(path), group, datasets)
 
 
@@ -54,10 +58,10 @@ class HDF5(Source):
         self.path, self.group = path, group
         with opened(path) as file:
             self.bare, self.layouts = _layouts(file, path, group, datasets)
+            maps = _maps(self.layouts)
         self.length = _common_length(path, self.layouts)
         self._file = _File(path)
-        mapped = any(layout.offset is not None for layout in self.layouts.values())
-        self._readers = _readers(self._file, self.layouts, _Map(path) if mapped else None)
+        self._readers = _readers(self._file, self.layouts, maps)
         self._finalizer = weakref.finalize(self, self._file.close)
 
     def get(self, i: int, epoch: int) -> Tree:
@@ -102,19 +106,36 @@ def _layouts(file: h5py.File, path: str, group: str | None, datasets: Sequence[s
         if datasets is not None:
             raise ArgumentError(f"{group!r} is a dataset: give its group, or leave datasets= out")
         return True, {"": layout_of(base, path, group or "")}
-    prefix = base.name.rstrip("/")
-    if datasets is None:
-        chosen = {name: base[name] for name in base if isinstance(base.get(name), h5py.Dataset)}
-        if not chosen:
-            raise DataError(f"{base.name!r} in {path!r} holds no datasets, but {listing(base)}: name a group with group=…")
-    else:
-        chosen = {name: found(file, path, f"{prefix}/{name}") for name in datasets}
-        if not chosen:
-            raise ArgumentError("datasets is empty: name at least one, or leave it out to read all")
-    for name, dataset in chosen.items():
-        if not isinstance(dataset, h5py.Dataset):
-            raise DataError(f"{name!r} in {path!r} is a group, not a dataset: it holds {listing(dataset)}")
-    return False, {name: layout_of(dataset, path, f"{prefix}/{name}") for name, dataset in chosen.items()}
+    # Names as they are sought, not as the items call themselves: behind a link, that is a place in another file.
+    prefix = (group or "").strip("/")
+    where = f"{group or '/'!r} in {path!r}"
+    with intact(where):
+        if datasets is None:
+            chosen: dict[str, Any] = _members(base, path, prefix)
+            if not chosen:
+                raise DataError(f"{where} holds no datasets, but {listing(base)}: name a group with group=…")
+        else:
+            chosen = {name: found(file, path, f"{prefix}/{name}") for name in datasets}
+            if not chosen:
+                raise ArgumentError("datasets is empty: name at least one, or leave it out to read all")
+    items = {name: dataset_of(item, path, name) for name, item in chosen.items()}
+    return False, {name: layout_of(dataset, path, f"{prefix}/{name}") for name, dataset in items.items()}
+
+
+def _members(base: h5py.Group | h5py.Datatype, path: str, prefix: str) -> dict[str, h5py.Dataset]:
+    """The datasets that lie directly in a group; what cannot be opened might be one, and is an error."""
+    import h5py
+
+    members = {}
+    for name in base if isinstance(base, h5py.Group) else ():
+        try:
+            item = base[name]
+        except FAILURES as error:
+            where = f"{prefix}/{name}".lstrip("/")
+            raise DataError(f"{where!r} in {path!r} cannot be opened ({error}): choose others with datasets=[…]") from error
+        if isinstance(item, h5py.Dataset):
+            members[name] = item
+    return members
 
 
 def _common_length(path: str, layouts: dict[str, Layout]) -> int:
@@ -125,9 +146,13 @@ def _common_length(path: str, layouts: dict[str, Layout]) -> int:
     return next(iter(lengths.values()))
 
 
-def _readers(file: _File, layouts: dict[str, Layout], memory: _Map | None) -> dict[str, _Mapped | _Through]:
+def _maps(layouts: dict[str, Layout]) -> dict[str, _Map]:
+    return {path: _Map(path) for path in {layout.file for layout in layouts.values() if layout.offset is not None}}
+
+
+def _readers(file: _File, layouts: dict[str, Layout], maps: dict[str, _Map]) -> dict[str, _Mapped | _Through]:
     return {
-        name: _Through(file, layout) if memory is None or layout.offset is None else _Mapped(memory, layout)
+        name: _Through(file, layout) if layout.offset is None else _Mapped(maps[layout.file], layout)
         for name, layout in layouts.items()
     }
 
@@ -140,7 +165,7 @@ class _Map:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with open(path, "rb") as file:
+        with intact(repr(path)), open(path, "rb") as file:
             self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def check(self, end: int, name: str) -> None:
@@ -180,17 +205,12 @@ def readmmap(path: str | os.PathLike[str], dataset: str) -> np.ndarray:
     [2, 3]
     >>> folder.cleanup()
     """
-    import h5py
-
     path = os.fspath(path)
     with opened(path) as file:
-        item = found(file, path, dataset)
-        if not isinstance(item, h5py.Dataset):
-            raise DataError(f"{dataset!r} in {path!r} is a group, not a dataset: it holds {listing(item)}")
-        layout = layout_of(item, path, dataset)
+        layout = layout_of(dataset_of(found(file, path, dataset), path, dataset), path, dataset)
     if layout.offset is None:
         raise DataError(f"dataset {layout.name!r} in {path!r} cannot be memory-mapped. It is {layout.reason}; hdf5() does")
-    return np.memmap(path, layout.dtype, "r", layout.offset, layout.shape)
+    return np.memmap(layout.file, layout.dtype, "r", layout.offset, layout.shape)
 
 
 # --- through h5py ----------------------------------------------------------------------------------------------
@@ -227,15 +247,11 @@ class _Through:
         self._file, self._layout = file, layout
 
     def rows(self, where: slice | np.ndarray) -> Tensor:
-        try:
+        with intact(f"dataset {self._layout.name!r} in {self._file.path!r}"):
             dataset = self._file.here()[self._layout.name]
             if dataset.shape != self._layout.shape or dataset.dtype != self._layout.dtype:
                 raise DataError(f"dataset {self._layout.name!r} in {self._file.path!r} changed since it was opened")
             return tensor(dataset[where] if isinstance(where, slice) else self._scattered(dataset, where))
-        except DataError:
-            raise
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise DataError(f"dataset {self._layout.name!r} in {self._file.path!r} cannot be read: {error}") from error
 
     def _scattered(self, dataset: h5py.Dataset, indices: np.ndarray) -> np.ndarray:
         # h5py takes increasing indices only, each once.

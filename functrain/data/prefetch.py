@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -23,7 +24,8 @@ def prefetch(source: Source | Iterable[Tree], depth: int = 4) -> Prefetch:
     `batches.between(start, stop)` gives those at positions start … stop−1 of `source.repeat()`. At most `depth`
     elements are loaded, or being loaded, at any time, and taking one starts the next load. One stream is open
     at a time: opening the next ends the one before. A source's error is raised at the element it belongs to,
-    and ends the stream. Leaving the block, in whatever way, waits for the load under way and ends the thread.
+    and ends the stream. Threads may share a stream: each element, and the error, goes to one of them. Leaving the
+    block, in whatever way, waits for the load under way and ends the thread.
 
     Raises `ArgumentError` for a depth below 1, for anything that is no iterable, and outside a `with` block.
 
@@ -107,10 +109,10 @@ class Prefetch:
 
 
 class _End:
-    """The last thing in a stream: after it come no elements, but for the error that ended it, if any."""
+    """The last thing in a stream: `whole` if all elements came before it, else with the error that cut it short, if any."""
 
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+    def __init__(self, whole: bool, error: BaseException | None = None) -> None:
+        self.whole, self.error = whole, error
 
 
 class _Stream(Iterator[Tree]):
@@ -156,15 +158,22 @@ class _Stream(Iterator[Tree]):
             self.close("this stream was interrupted: open another, from the position that was reached")
             raise
         if item.__class__ is _End:
-            self._done = True
-            self._thread.join()
-            if item.error is not None:
-                raise item.error
-            raise StopIteration
+            return self._finish(item)
         return item
 
+    def _finish(self, end: _End) -> Any:
+        # Other threads may be waiting for an element too: each finds an end, and puts one back for the next.
+        self._done = self._done or end.whole or end.error is not None
+        self._ready.put(_End(end.whole))
+        self._thread.join()
+        if end.error is not None:
+            raise end.error
+        if not self._done:
+            raise ArgumentError(self._over or "this stream was cut short: the main thread has ended")
+        raise StopIteration
+
     def close(self, reason: str = "this stream was closed: open another") -> None:
-        """End the thread and drop what was loaded; taking from the stream is an error from now on."""
+        """End the thread and drop what was loaded; taking, or waiting to take, is an error from now on."""
         if self._over is None:
             self._over = reason
         _let_go(self._free, self._closed)
@@ -175,21 +184,27 @@ class _Stream(Iterator[Tree]):
                 # The thread still ends with the load under way; a second interrupt leaves it to do so alone.
                 self._thread.join()
                 raise
-        self._ready = SimpleQueue()
+            # Emptied, and not replaced: other threads may be waiting at it.
+            with suppress(Empty):
+                while True:
+                    self._ready.get_nowait()
+            self._ready.put(_End(False))
+        else:
+            self._ready = SimpleQueue()
 
 
 def _produce(load: Callable[[], Tree], ready: SimpleQueue[Any], free: SimpleQueue[bool], closed: threading.Event) -> None:
     # Holds no reference to the stream, so that a stream that is forgotten can be let go of.
-    error: BaseException | None = None
+    end = _End(False)
     try:
         while _turn(free) and not closed.is_set():
             ready.put(load())
     except StopIteration:
-        pass
+        end = _End(True)
     except BaseException as problem:
-        error = problem
+        end = _End(False, problem)
     finally:
-        ready.put(_End(error))
+        ready.put(end)
 
 
 def _let_go(free: SimpleQueue[bool], closed: threading.Event) -> None:

@@ -98,7 +98,7 @@ class Source:
         """The source as it is in one epoch: another epoch of a shuffled source is another order."""
         from functrain.data.order import Epoch
 
-        return Epoch(self, _integer("epoch", epoch, 0))
+        return Epoch(self, integer("epoch", epoch, 0))
 
     def shuffle(self, seed: int | None = None) -> Source:
         """The same elements in an order drawn from `seed`, a new one each epoch; nothing is stored or read.
@@ -114,7 +114,7 @@ class Source:
 
         if seed is None:
             raise ArgumentError("shuffle needs a seed, so that the order can be had again: source.shuffle(seed=0)")
-        return Shuffle(self.finite("shuffle"), _integer("seed", seed))
+        return Shuffle(self.finite("shuffle"), integer("seed", seed))
 
     def batch(self, size: int, drop_last: bool = False) -> Source:
         """`size` neighbours at a time, stacked to `(size, …)`; the last batch has what is left, or is dropped.
@@ -127,7 +127,7 @@ class Source:
         """
         from functrain.data.transform import Batch
 
-        return Batch(self, _integer("size", size, 1), bool(drop_last))
+        return Batch(self, integer("size", size, 1), bool(drop_last))
 
     def map(self, fn: Callable[[Any], Tree]) -> Source:
         """`fn` of every element: on examples before `.batch`, on whole batches after it. `fn` must be pure.
@@ -164,8 +164,8 @@ class Source:
         """
         from functrain.data.order import Shard
 
-        size = _integer("size", size, 1)
-        rank = _integer("rank", rank, 0)
+        size = integer("size", size, 1)
+        rank = integer("rank", rank, 0)
         if rank >= size:
             raise ArgumentError(f"rank must lie in 0 … {size - 1}, got {rank} of size {size}")
         return Shard(self, rank, size)
@@ -184,7 +184,7 @@ class Source:
         """
         from functrain.data.order import split
 
-        return split(self.finite("split"), fractions, None if seed is None else _integer("seed", seed))
+        return split(self.finite("split"), fractions, None if seed is None else integer("seed", seed))
 
     def windows(self, size: int, stride: int | None = None) -> Source:
         """Sequences of `size` neighbours, one every `stride` (default: `size`), stacked to `(size, …)`.
@@ -197,8 +197,8 @@ class Source:
         """
         from functrain.data.windows import Windows
 
-        size = _integer("size", size, 1)
-        return Windows(self, size, size if stride is None else _integer("stride", stride, 1))
+        size = integer("size", size, 1)
+        return Windows(self, size, size if stride is None else integer("stride", stride, 1))
 
     def repeat(self, epochs: int | None = None) -> Source:
         """Epoch after epoch: position p is element p mod L of epoch p // L; without end unless `epochs` is given.
@@ -210,7 +210,7 @@ class Source:
         """
         from functrain.data.order import Repeat
 
-        return Repeat(self.finite("repeat"), None if epochs is None else _integer("epochs", epochs, 1))
+        return Repeat(self.finite("repeat"), None if epochs is None else integer("epochs", epochs, 1))
 
     def finite(self, purpose: str) -> Source:
         """This source; `ArgumentError` if it has no end, which `purpose` needs."""
@@ -230,7 +230,8 @@ def stacked(elements: list[Tree]) -> Tree:
         ) from error
 
 
-def _integer(name: str, value: Any, least: int | None = None) -> int:
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """The argument `name` as an int; `ArgumentError` where it is none, or less than `least`."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -65,7 +65,8 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
                 with _COMPILING:
                     graph = graphs.get(signature)
                     if graph is None:
-                        graph = graphs[signature] = _Graph(step, *tree.unflatten(given_spec, given), donate)
+                        whole, part = tree.unflatten(given_spec, given)
+                        graph = graphs[signature] = _Graph(step, whole, part, donate)
             except _NoCompilerError as error:
                 eager = True
                 warnings.warn(f"no C++ compiler ({error}): the step runs uncompiled", RuntimeWarning, stacklevel=2)

@@ -15,7 +15,8 @@ from functrain.core.errors import ArgumentError, RunError
 from functrain.core.step import check_owned
 from functrain.core.tree import Tree
 from functrain.data.atomic import sync
-from functrain.runs.store import load_tree, read_record, save_tree, sole_writer, write_record
+from functrain.runs.store import load_tree, read_record, save_tree, with_numbers, write_record
+from functrain.search.lock import sole_writer
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FILES = ("state.safetensors", "record.json")
@@ -28,7 +29,7 @@ class Loaded(NamedTuple):
 
     - `state`: the tree, bit for bit as it was saved;
     - `position`: the position it was saved at;
-    - `record`: what was saved with it;
+    - `record`: what was saved with it, numbers that are not finite included;
     - `skipped`: newer checkpoints that were damaged, each with the reason. Whoever loads should show these.
     """
 
@@ -110,7 +111,7 @@ class Checkpoints:
             reason = damage(place)
             if reason is None:
                 try:
-                    record = read_record(place / "record.json")
+                    record = with_numbers(read_record(place / "record.json"))
                     return Loaded(load_tree(place / "state.safetensors", like), candidate, record, skipped)
                 except RunError as error:
                     reason = str(error)

@@ -12,10 +12,10 @@ from typing import Any
 
 from functrain.core.errors import ArgumentError, RunError
 from functrain.runs.checkpoints import Checkpoints
-from functrain.runs.store import jsonable, read_record, sole_writer, whole_file, write_record
+from functrain.runs.store import jsonable, read_record, whole_file, with_numbers, write_record
+from functrain.search.lock import sole_writer
 
 _KIND = "functrain run"
-_NOT_FINITE = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
 class Run:
@@ -142,7 +142,7 @@ class Run:
                 raise RunError(f"{self._log}, line {number} is damaged: {error}") from error
             if not isinstance(row, dict):
                 raise RunError(f"{self._log}, line {number} is damaged: expected a JSON object")
-            parsed.append((_finite_or_not(row), line))
+            parsed.append((with_numbers(row), line))
         return parsed
 
 
@@ -151,14 +151,6 @@ def _position(row: Mapping[str, Any]) -> int:
     if type(position) is not int:
         raise ArgumentError(f"a row of metrics needs an integer 'position', got {position!r} in {dict(row)}")
     return position
-
-
-def _finite_or_not(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_not(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_not(item) for item in value]
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _drop_torn_line(handle: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -22,17 +21,9 @@ from functrain.core import tree as trees
 from functrain.core.errors import ArgumentError, RunError, TreeError
 from functrain.core.tree import Tree
 from functrain.data import atomic
+from functrain.search.leaves import STORABLE, dense, leaf_name, raw
 
-# What the safetensors format has a code for (complex128, for one, it has not).
-_STORABLE = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool}
-    | {torch.int64, torch.int32, torch.int16, torch.int8}
-    | {torch.uint64, torch.uint32, torch.uint16, torch.uint8}
-    | {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
-)
-
-
-# --- whole files, one writer --------------------------------------------------------------------------------
+# --- whole files --------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -43,40 +34,6 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
     except (OSError, SafetensorError) as error:
         raise RunError(f"could not write {path}: {error}") from error
-
-
-@contextmanager
-def sole_writer(path: str | os.PathLike[str], wait: bool = False) -> Iterator[None]:
-    """Hold the lock file `path` for the block; it is free again when the process ends, in whatever way.
-
-    Raises `RunError` when another process (or another thread of this one) holds it, unless told to `wait`.
-    """
-    handle = _lock(Path(path), wait)
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(path: Path, wait: bool) -> int:
-    handle = -1
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        return handle
-    except BlockingIOError as error:
-        holder = os.pread(handle, 80, 0).decode("ascii", "replace") or "unknown"
-        os.close(handle)
-        raise RunError(
-            f"{path.parent} is in use by another process (id {holder}), which holds {path.name}: "
-            "wait for it, stop it, or choose another directory"
-        ) from error
-    except OSError as error:
-        if handle >= 0:
-            os.close(handle)
-        raise RunError(f"could not lock {path}: {error}") from error
 
 
 # --- records ------------------------------------------------------------------------------------------------
@@ -110,6 +67,22 @@ def jsonable(value: Any, name: str = "record") -> Any:
     )
 
 
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def with_numbers(value: Any) -> Any:
+    """What `jsonable` made of a value, with the texts "nan", "inf" and "-inf" as the numbers that they were.
+
+    >>> with_numbers({"loss": "inf", "note": "fine"})
+    {'loss': inf, 'note': 'fine'}
+    """
+    if isinstance(value, dict):
+        return {key: with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` to the JSON file `path`, whole or not at all."""
     text = json.dumps(jsonable(record, path.stem), indent=2, ensure_ascii=False, allow_nan=False)
@@ -131,11 +104,8 @@ def read_record(path: Path) -> dict[str, Any]:
 # --- trees --------------------------------------------------------------------------------------------------
 
 
-def _name(accessor: Any) -> str:
-    keys = [str(getattr(entry, "field", entry.entry)) for entry in accessor]
-    name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in keys)
-    # An escaped key never has "~" before "_" or at its end, so these two cannot meet another name.
-    return "~" if not keys else "~__metadata__" if name == "__metadata__" else name
+# The name, in a file's metadata, of how the leaves lay in memory that did not lie in order.
+_STRIDES = "functrain.strides"
 
 
 def named_leaves(tree: Tree) -> dict[str, Tensor]:
@@ -148,26 +118,11 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
     """
     named: dict[str, Tensor] = {}
     for accessor, leaf in zip(optree.tree_accessors(tree), trees.leaves(tree)):
-        name = _name(accessor)
+        name = leaf_name((getattr(entry, "field", entry.entry) for entry in accessor), named)
         if not isinstance(leaf, Tensor):
             raise TreeError(f"leaf {name!r} is {type(leaf).__name__}: all leaves to store must be tensors")
-        if name in named:
-            raise TreeError(f"two leaves would have the name {name!r}: rename one of the keys")
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise TreeError(f"leaf {name!r} has a key that is not valid text: rename it") from error
         named[name] = leaf
     return named
-
-
-def _dense(name: str, leaf: Tensor) -> Tensor:
-    """The values of `leaf` in memory in the order of its indices, outside of any graph."""
-    if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized:
-        kind = "on the meta device" if leaf.is_meta else f"of layout {leaf.layout}"
-        raise TreeError(f"leaf {name!r} is {kind}: expected a dense tensor with values")
-    # A conjugate or negative view has a flag where its bytes are read as the values themselves.
-    return leaf.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def hash_tree(tree: Tree) -> str:
@@ -181,10 +136,7 @@ def hash_tree(tree: Tree) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(tree).items()):
         digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
-        dense = _dense(name, leaf).cpu()
-        # A view of one element counts as contiguous whatever its stride, but not as bytes.
-        flat = dense.as_strided((dense.numel(),), (1,))
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(raw(dense(name, leaf).cpu()).numpy().data)
     return digest.hexdigest()
 
 
@@ -192,23 +144,44 @@ def save_tree(path: str | os.PathLike[str], tree: Tree, metadata: Mapping[str, s
     """Write a tree of tensors, and text `metadata` about it, to one safetensors file, whole or not at all.
 
     Every dtype that the format knows is kept exactly, and so are 0-d and empty tensors; views are written as
-    the values they show. Raises `TreeError` for a leaf that cannot be stored, `RunError` when writing fails.
+    the values they show. How a leaf lies in memory (its strides) is kept beside, as kernels may add up in another
+    order for it. Raises `TreeError` for a leaf that cannot be stored, `RunError` when writing fails.
     """
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
+    strides: dict[str, list[int]] = {}
     for name, leaf in named_leaves(tree).items():
-        if leaf.dtype not in _STORABLE:
+        if leaf.dtype not in STORABLE:
             raise TreeError(f"leaf {name!r} is {leaf.dtype}, which safetensors cannot hold: convert it first")
-        dense = _dense(name, leaf)
-        memory = dense.untyped_storage().data_ptr()
+        values = dense(name, leaf)
+        memory = values.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory; a tree may well hold one tensor twice.
-        stored[name] = dense.clone() if memory in seen else dense
+        stored[name] = values.clone() if memory in seen else values
         seen.add(memory)
-    for key, text in (metadata or {}).items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise ArgumentError(f"metadata {key!r} is {text!r}: expected text for text")
+        if leaf.stride() != _in_order(leaf) and _apart(leaf):
+            strides[name] = list(leaf.stride())
+    texts = dict(metadata or {})
+    for key, text in texts.items():
+        if not isinstance(key, str) or not isinstance(text, str) or key == _STRIDES:
+            raise ArgumentError(f"metadata {key!r} is {text!r}: expected text for text, under another name than {_STRIDES!r}")
+    if strides:
+        texts[_STRIDES] = json.dumps(strides)
     with whole_file(path) as temporary:
-        save_file(stored, temporary, dict(metadata) if metadata else None)
+        save_file(stored, temporary, texts or None)
+
+
+def _in_order(leaf: Tensor) -> tuple[int, ...]:
+    return torch.empty(leaf.shape, device="meta").stride()
+
+
+def _apart(leaf: Tensor) -> bool:
+    """Whether each element has a place in memory of its own: a new tensor can then be laid out, and written, alike."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(leaf.stride(), leaf.shape) if size > 1):
+        if stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 def load_named(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -226,6 +199,10 @@ def load_named(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The text about the tree that `save_tree` was given."""
+    return {key: text for key, text in _texts(path).items() if key != _STRIDES}
+
+
+def _texts(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -240,7 +217,8 @@ def _kind(leaf: Tensor | None) -> str:
 def load_tree(path: str | os.PathLike[str], like: Tree) -> Tree:
     """The tree in a safetensors file, in the structure of `like` and on the devices of its leaves.
 
-    The tensors are new and belong to no graph; leaves of `like` on the meta device are loaded to the CPU.
+    The tensors are new, lie in memory as the saved ones did, and belong to no graph; leaves of `like` on the meta
+    device are loaded to the CPU.
     Raises `TreeError` naming every leaf (up to five) whose name, shape or dtype is not that in `like`, and
     `RunError` when the file is missing or damaged.
 
@@ -259,5 +237,11 @@ def load_tree(path: str | os.PathLike[str], like: Tree) -> Tree:
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise TreeError(f"{path} holds another tree than asked for: {'; '.join(wrong[:5])}{more}")
-    loaded = [got[name] if leaf.is_meta else got[name].to(leaf.device) for name, leaf in expected.items()]
+    strides = json.loads(_texts(path).get(_STRIDES, "{}"))
+    loaded = []
+    for name, leaf in expected.items():
+        values = got[name] if leaf.is_meta else got[name].to(leaf.device)
+        if name in strides:
+            values = torch.empty_strided(values.shape, strides[name], dtype=values.dtype, device=values.device).copy_(values)
+        loaded.append(values)
     return trees.unflatten(trees.structure(like), loaded)

@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from functrain.core.errors import ArgumentError, RunError
 from functrain.core.step import Metrics
+from functrain.core.tree import quoted
 from functrain.data.prefetch import prefetch
 from functrain.engine.experiment import Experiment
 from functrain.engine.fold import fold, position
 from functrain.runs.directory import Run
 from functrain.runs.events import EpochEnded, Event, Saved, Started, Stepped
-from functrain.runs.store import hash_tree
+from functrain.runs.store import hash_tree, named_leaves
+from functrain.search.measures import measured
 
 Observer = Callable[[Event], None]
 
@@ -41,14 +45,15 @@ def train(
     """Run `experiment` in the directory `run`: from its newest whole checkpoint on, or from the beginning.
 
     A row of metrics is logged after each epoch: `epoch`, `position`, `seconds`, `train/…` (means over the epoch's examples,
-    whatever the sizes of its batches) and what `experiment.evaluate` measures. The state is checkpointed before the first
-    step, every `every` steps, after each epoch, and when interrupted.
+    whatever the sizes of its batches) and what `experiment.evaluate` measures, under other names. The state is checkpointed
+    before the first step, every `every` steps, after each epoch (also when `evaluate` fails: called again, training goes on
+    with that), and when interrupted; but never one whose params or carry have become nan or infinite.
 
     `interrupted` is asked after every step: when it says so, the state is checkpointed and the loop ends. Killed at any
     moment and called again, it ends with the same parameters, bit for bit, as if nothing had happened.
 
     Raises `RunError` when another process trains in the directory, the checkpoint is of another experiment, or a
-    loss is not finite.
+    loss, a parameter or the carry is not finite; `ArgumentError` when `evaluate` gives anything but numbers by name.
     """
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ArgumentError(f"every must be a number of steps of at least 1, got {every!r}")
@@ -70,12 +75,15 @@ class _Loop:
         self.length = len(experiment.train)
         self.sums = _EpochSums({})
         self.initial = ""
+        self.never_finite: set[str] = set()
 
     def run(self) -> Trained:
         state, skipped = self._start()
         self._tell(Started(position(state), self.experiment.steps, self.length, skipped))
         if not self.directory.checkpoints.positions():
             self._save(state, 0, time.perf_counter())
+        if self._unmeasured(position(state)):
+            self._close(state, position(state), time.perf_counter())
         stopped = position(state) < self.experiment.steps and self.interrupted()
         with self._batches() as batches:
             while position(state) < self.experiment.steps and not stopped:
@@ -85,6 +93,7 @@ class _Loop:
     def _start(self) -> tuple[Any, list[str]]:
         initial = self.experiment.initial()
         self.initial = hash_tree(initial)
+        self.never_finite = set(_not_finite(initial))
         known = self.directory.checkpoints
         if not known.positions():
             self.directory.truncate(-1)
@@ -95,9 +104,13 @@ class _Loop:
                 f"the run in {self.directory.path} began from other initial params than this experiment has: its program, "
                 "config or data have changed; train anew in another directory"
             )
-        self.directory.truncate(loaded.position)
         self.sums = _EpochSums(loaded.record["sums"])
+        self.directory.truncate(loaded.position - self._unmeasured(loaded.position))
         return loaded.state, loaded.skipped
+
+    def _unmeasured(self, done: int) -> bool:
+        """Whether the epoch that ends here has no row yet: `evaluate` failed."""
+        return bool(self.sums.sums) and done % self.length == 0
 
     def _batches(self) -> Any:
         source = self.experiment.train
@@ -121,9 +134,14 @@ class _Loop:
         return state, first + rest < self.experiment.steps and self.interrupted()
 
     def _close(self, state: Any, done: int, begun: float) -> None:
-        row = {"epoch": done // self.length, "position": done} | self.sums.row()
-        if self.experiment.evaluate is not None:
-            row |= self.experiment.evaluate(state)
+        row: dict[str, Any] = {"epoch": done // self.length, "position": done} | self.sums.row()
+        self._check(state, done)
+        try:
+            row |= self._measures(state, [*row, "seconds"])
+        except Exception:
+            # The epoch is not to be lost with its row, which is made up for when training goes on from here.
+            self._save(state, done, begun)
+            raise
         row["seconds"] = self.sums.seconds + time.perf_counter() - begun
         # The row first: killed in between, the epoch is done again and its row is written again, once.
         self.directory.log(row)
@@ -131,14 +149,55 @@ class _Loop:
         self._save(state, done, time.perf_counter())
         self._tell(EpochEnded(row))
 
+    def _measures(self, state: Any, taken: list[str]) -> dict[str, float]:
+        if self.experiment.evaluate is None:
+            return {}
+        found = measured(self.experiment.evaluate, state)
+        both = [name for name in found if name in taken]
+        if both:
+            raise ArgumentError(
+                f"evaluate gives {', '.join(quoted(both))}, which each row of metrics has already: give the measure another "
+                "name, such as 'test/loss'"
+            )
+        score = self.experiment.score
+        if score is not None and score not in found:
+            raise ArgumentError(f"the experiment's score is {score!r}, and evaluate gives {', '.join(quoted(found))}")
+        return found
+
+    def _check(self, state: Any, done: int) -> None:
+        """Raise `RunError` where a state is not worth keeping: going on from it would fail in the same way for ever."""
+        bad = [name for name in _not_finite(state) if name not in self.never_finite]
+        if bad:
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            newest = self.directory.checkpoints.newest()
+            raise RunError(
+                f"after step {done}, {', '.join(bad[:5])}{more} hold nan or inf, though the loss is finite: this was not "
+                f"saved, and the newest whole checkpoint, of position {newest}, is from before. Look for a gradient that is "
+                "not finite (the square root of 0, a division by 0), or lower the learning rate; then resume the run"
+            )
+
     def _save(self, state: Any, done: int, begun: float) -> None:
         sums = self.sums.record(time.perf_counter() - begun)
+        self._check(state, done)
         self.directory.checkpoints.save(state, done, {"initial": self.initial, "sums": sums})
         self._tell(Saved(done))
 
     def _tell(self, event: Event) -> None:
         for observer in self.observers:
             observer(event)
+
+
+def _not_finite(state: Any) -> list[str]:
+    """The names of the leaves of params and carry that hold nan or inf."""
+    named = named_leaves({"params": getattr(state, "params", None), "carry": getattr(state, "carry", None)})
+    return [name for name, leaf in named.items() if not _finite(leaf)]
+
+
+def _finite(leaf: Tensor) -> bool:
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        return True
+    # Numbers of one byte have no arithmetic.
+    return bool((leaf.float() if leaf.itemsize == 1 else leaf).isfinite().all())
 
 
 class _EpochSums:
@@ -160,9 +219,10 @@ class _EpochSums:
         for done, metrics in self.waiting:
             weight, loss = float(metrics["weight"]), float(metrics["loss"])
             if not math.isfinite(loss):
+                why = "look at that batch, and at the gradient of the step before, or lower the learning rate"
                 raise RunError(
                     f"the loss is {loss} at step {done} (the batch of position {done - 1}); the newest checkpoint is "
-                    "from before: look at that batch, or lower the learning rate"
+                    f"from before: {why if weight else 'the weights of that batch are all 0'}"
                 )
             self.weight += weight
             for name, value in metrics.items():
@@ -172,7 +232,8 @@ class _EpochSums:
 
     def row(self) -> dict[str, float]:
         self._drain()
-        return {f"train/{name}": total / self.weight for name, total in self.sums.items()}
+        # A weight of 0 is fine for sums, which are not divided by it.
+        return {f"train/{name}": total / self.weight if self.weight else math.nan for name, total in self.sums.items()}
 
     def record(self, seconds: float) -> dict[str, Any]:
         self._drain()
@@ -180,10 +241,10 @@ class _EpochSums:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(notice: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """Within the block SIGINT and SIGTERM only set a flag, which the function given tells; a second SIGINT raises.
 
-    Only the main thread can catch signals: elsewhere the flag is never set.
+    `notice` is called when the flag is set. Only the main thread can catch signals: elsewhere the flag is never set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -194,6 +255,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
+        if len(caught) == 1:
+            notice()
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 from typing import Any
@@ -46,6 +47,11 @@ class Watch:
         """Print a text above the bar, unless quiet."""
         if not self.quiet:
             self._console.print(text)
+
+    def interrupting(self) -> None:
+        """Say that the run ends after this step; safe to call from a signal handler."""
+        if not self.quiet:
+            os.write(2, b"\ninterrupted: stopping after this step; once more to stop at once\n")
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):

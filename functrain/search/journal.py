@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from functrain.core.errors import RunError
+from functrain.search.lock import sole_writer
 
 Record = dict[str, Any]
 
@@ -20,7 +21,7 @@ class Journal:
     A line is on the disk itself (fsync) when `append` returns. A last line that is not whole, because its
     writer died, is cut off. Records are dicts with a `key`; where one has several lines, the last counts.
 
-    One writer at a time: raises `RunError` when another process has the journal open, and for a damaged line.
+    One writer at a time: raises `RunError` when another process or thread has the journal open, and for a damaged line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -35,44 +36,42 @@ class Journal:
         self.directory = Path(directory)
         self.path = self.directory / "journal.jsonl"
         self.records: dict[str, Record] = {}
-        self._lock = self._file = -1
+        self._file = -1
+        self._open = ExitStack()
 
     def __enter__(self) -> Journal:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-            self._take()
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._read()
+            with ExitStack() as stack:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(sole_writer(self.directory / ".lock"))
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                stack.callback(os.close, self._file)
+                self._read()
+                self._open = stack.pop_all()
         except OSError as error:
-            self._close()
             raise RunError(f"could not open the journal {self.path}: {error}") from error
-        except BaseException:
-            self._close()
-            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
+        self._file = -1
+        self._open.close()
 
     def append(self, record: Record) -> None:
         """Write one record, and have it on the disk; raises `RunError` when that fails."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        end = os.fstat(self._file).st_size
         try:
             while line:
                 line = line[os.write(self._file, line) :]
             os.fsync(self._file)
-        except OSError as error:
-            raise RunError(f"could not write to the journal {self.path}: {error}") from error
+        except BaseException as error:
+            # Of a full disk, or an interrupt, there may be half a line, to which the next record must not be joined.
+            with suppress(OSError):
+                os.ftruncate(self._file, end)
+            if isinstance(error, OSError):
+                raise RunError(f"could not write to the journal {self.path}: {error}") from error
+            raise
         self.records[record["key"]] = record
-
-    def _take(self) -> None:
-        # A record lock: unlike flock's it is not inherited by forked workers, which may outlive a killed
-        # search.
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise RunError(f"{self.directory} is in use by another search: wait for it, or take another directory") from error
 
     def _read(self) -> None:
         text = self.path.read_bytes()
@@ -87,9 +86,3 @@ class Journal:
                 raise RunError(
                     f"line {number} of {self.path} is damaged ({error}): remove it, and its trial runs again"
                 ) from error
-
-    def _close(self) -> None:
-        for handle in (self._file, self._lock):
-            if handle >= 0:
-                os.close(handle)
-        self._file = self._lock = -1

@@ -17,6 +17,7 @@ from torch import Tensor
 from functrain.core.errors import RunError, TreeError
 from functrain.core.tree import Tree
 from functrain.data.atomic import whole_file
+from functrain.search.leaves import STORABLE, dense, leaf_name, raw
 
 _STRUCTURE = "structure"
 
@@ -31,14 +32,11 @@ class Packed(NamedTuple):
 def pack(state: Tree, texts: Mapping[str, str] | None = None) -> bytes:
     """A tree of tensors (in dicts, lists, tuples, NamedTuples, None) as one safetensors file in memory.
 
-    Raises `TreeError` for other leaves and containers, and for dtypes that safetensors cannot hold.
+    What the format has no dtype for is kept as bytes. Raises `TreeError` for other leaves and containers.
     """
     tensors: dict[str, Tensor] = {}
     structure = _described(state, (), tensors)
-    try:
-        return save(tensors, {_STRUCTURE: json.dumps(structure), **(texts or {})})
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise TreeError(f"safetensors cannot hold this state ({error}): convert its leaves to a common dtype") from error
+    return save(tensors, {_STRUCTURE: json.dumps(structure), **(texts or {})})
 
 
 def unpack(data: bytes, origin: str = "the packed state") -> Packed:
@@ -55,7 +53,7 @@ def unpack(data: bytes, origin: str = "the packed state") -> Packed:
         texts = dict(header["__metadata__"])
         tensors = load(data)
         state = _built(json.loads(texts.pop(_STRUCTURE)), tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise RunError(f"could not read {origin} as a packed state: {error}") from error
     return Packed(state, texts)
 
@@ -86,7 +84,7 @@ def _described(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> 
     if node is None:
         return None
     if isinstance(node, Tensor):
-        return _leaf(node, ".".join(path) or "state", tensors)
+        return _leaf(node, leaf_name(path, tensors), tensors)
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         kind = f"{type(node).__module__}:{type(node).__qualname__}"
         children = [_described(child, (*path, name), tensors) for name, child in zip(node._fields, node)]
@@ -104,15 +102,15 @@ def _described(node: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> 
     )
 
 
-def _leaf(leaf: Tensor, name: str, tensors: dict[str, Tensor]) -> str:
-    if leaf.layout != torch.strided or leaf.is_meta or leaf.is_quantized:
-        raise TreeError(f"leaf {name!r} is no dense tensor with values (layout {leaf.layout}, device {leaf.device})")
-    if name in tensors:
-        raise TreeError(f"two leaves have the name {name!r}: rename a key that holds '.'")
+def _leaf(leaf: Tensor, name: str, tensors: dict[str, Tensor]) -> Any:
     # A copy: safetensors refuses tensors that share memory, and a member's leaves are views of its whole
     # population.
-    tensors[name] = leaf.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
-    return name
+    values = dense(name, leaf).cpu().clone(memory_format=torch.contiguous_format)
+    if leaf.dtype in STORABLE:
+        tensors[name] = values
+        return name
+    tensors[name] = raw(values)
+    return {"bytes": name, "dtype": str(leaf.dtype).removeprefix("torch."), "shape": list(leaf.shape)}
 
 
 def _built(node: Any, tensors: dict[str, Tensor]) -> Any:
@@ -120,6 +118,8 @@ def _built(node: Any, tensors: dict[str, Tensor]) -> Any:
         return None
     if isinstance(node, str):
         return tensors[node]
+    if "bytes" in node:
+        return tensors[node["bytes"]].view(getattr(torch, node["dtype"])).reshape(node["shape"])
     if "dict" in node:
         return {key: _built(child, tensors) for key, child in node["dict"]}
     if "named" in node:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
-
-import torch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import suppress
+from typing import Any
 
 from functrain.core.errors import ArgumentError, FunctrainError
 from functrain.core.explain import Stage
-from functrain.engine.workers import checked_workers, intra_op_threads
 from functrain.search.canonical import config_key
 from functrain.search.grid import Grid
-from functrain.search.keep import pack, unpack
+from functrain.search.hands import Hands, is_broken, received, submitting
 from functrain.search.result import SearchResult, last_line
 from functrain.search.standing import Standing, standing
-from functrain.search.together import Report, check_names, groups, run_together
-from functrain.search.trial import Function, Member, Outcome, Trial, halted_by, run_alone
+from functrain.search.together import check_names, groups
+from functrain.search.trial import Function, Member, Outcome, Trial
 
 Progress = Callable[[int, int, Trial], None]
-Work = Callable[[Sequence[Member]], Report]
 
 
 def grid_search(
@@ -61,7 +55,8 @@ def grid_search(
 
     A trial that raises is recorded as failed, and the others go on. A score of nan is worse than any
     other; of equal scores the first in the grid is best. On KeyboardInterrupt no further trial begins,
-    experiments stop at their next step, and the journal holds all that was finished.
+    experiments stop at their next step (in threads; what processes have begun, they end), and the journal
+    holds all that was finished.
 
     Raises `ArgumentError` for an empty grid and wrong arguments, `FunctrainError` when every trial failed
     or the executor broke, `RunError` when the directory is in use or damaged.
@@ -84,87 +79,13 @@ def grid_search(
         left = [member for member in members if not known.finished(config_key(member.config))]
         search = _Search(known, len(members), len(members) - len(left), progress)
         tasks = groups(left, together)
-        with _submitting(trial, workers, executor) as hands:
-            search.drive(deque(tasks), hands)
-        return search.result(hands.name)
-
-
-class _Hands(NamedTuple):
-    """Who does the work: `submit` hands a group over, at most `width` of them at once."""
-
-    submit: Callable[..., Future[Any]]
-    width: int | None
-    name: str
-
-
-@contextmanager
-def _submitting(trial: Function, workers: int | None, executor: Executor | None) -> Iterator[_Hands]:
-    if executor is not None:
-        if not isinstance(executor, Executor):
-            raise ArgumentError(f"executor must be a concurrent.futures.Executor, got {type(executor).__name__}")
-        if workers != 1:
-            raise ArgumentError(f"an executor brings its own workers: leave workers={workers} out")
-        work: Work = partial(_work if isinstance(executor, ThreadPoolExecutor) else _packed, trial)
-        yield _Hands(lambda members: executor.submit(work, members), None, type(executor).__name__)
-        return
-    count = checked_workers(workers)
-    if count == 1:
-        yield _Hands(partial(_here, partial(_work, trial)), 1, "the calling thread")
-        return
-    # Never more threads in all than there were: threads times intra-op threads would oversubscribe.
-    share = max(1, torch.get_num_threads() // count)
-    stop = threading.Event()
-    name = f"{count} threads, {share} inside an operation each"
-    with intra_op_threads(torch.get_num_threads()):
-        pool = ThreadPoolExecutor(count, "functrain-trial", torch.set_num_threads, (share,))
-        inside = _with_settings(partial(_work, trial, stop=stop))
         try:
-            yield _Hands(lambda members: pool.submit(inside, members), count, name)
-        except BaseException as error:
-            stop.set()
-            # A trial that is no experiment cannot be stopped: waiting for it would hold an interrupt back.
-            pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
+            with submitting(trial, workers, executor) as hands:
+                search.drive(deque(tasks), hands)
+        except BaseException:
+            search.rescue()
             raise
-        pool.shutdown()
-
-
-def _work(trial: Function, members: Sequence[Member], stop: threading.Event | None = None) -> Report:
-    halt = halted_by(stop)
-    if len(members) == 1:
-        return Report([run_alone(trial, members[0], halt)], [])
-    return run_together(trial, members, halt)
-
-
-def _packed(trial: Function, members: Sequence[Member]) -> Report:
-    # Tensors would travel as handles of shared memory, which die with their process: bytes do not.
-    report = _work(trial, members)
-    outcomes = [out if out.state is None else out._replace(state=pack(out.state)) for out in report.outcomes]
-    return report._replace(outcomes=outcomes)
-
-
-def _here(work: Work, members: Sequence[Member]) -> Future[Report]:
-    future: Future[Report] = Future()
-    future.set_result(work(members))
-    return future
-
-
-def _with_settings(work: Work) -> Work:
-    # A new thread starts with torch's defaults: none of the caller's settings reach it by themselves.
-    grad_mode = torch.is_grad_enabled()
-    autocast = (
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
-        torch.is_autocast_cache_enabled(),
-    )
-
-    def inside(members: Sequence[Member]) -> Report:
-        with (
-            torch.set_grad_enabled(grad_mode),
-            torch.autocast("cpu", dtype=autocast[1], enabled=autocast[0], cache_enabled=autocast[2]),
-        ):
-            return work(members)
-
-    return inside
+        return search.result(hands.name)
 
 
 class _Search:
@@ -173,44 +94,50 @@ class _Search:
     def __init__(self, known: Standing, total: int, kept: int, progress: Progress | None) -> None:
         self.known, self.total, self.kept, self.progress = known, total, kept, progress
         self.finished = kept
+        self.pending: dict[Future[Any], list[Member]] = {}
+        self.arrived: deque[Outcome] = deque()
         self.together: list[tuple[str, list[Trial]]] = []
         self.alone: dict[str, list[Trial]] = {}
 
-    def drive(self, tasks: deque[list[Member]], hands: _Hands) -> None:
+    def drive(self, tasks: deque[list[Member]], hands: Hands) -> None:
         """Run all tasks; members that cannot run together are handed out again, one by one."""
-        pending: dict[Future[Any], list[Member]] = {}
+        pending = self.pending
         reasons: dict[int, str] = {}
         try:
             while tasks or pending:
                 while tasks and (hands.width is None or len(pending) < hands.width):
                     members = tasks.popleft()
-                    pending[_handed(hands.submit, members)] = members
+                    pending[hands.submit(members)] = members
                 ready, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in [future for future in pending if future in ready]:
+                # What broke comes last: the others of its time are done, and are not to be lost with it.
+                for future in sorted([future for future in pending if future in ready], key=is_broken):
+                    report = received(future)
+                    self.arrived.extend(report.outcomes)
                     del pending[future]
-                    report = self._received(future)
                     reasons |= {member.place: reason for member, reason in report.apart}
                     tasks.extendleft([member] for member, _ in reversed(report.apart))
-                    self._take(report.outcomes, reasons)
+                    self._take(reasons)
         finally:
             for future in pending:
                 future.cancel()
 
-    def _received(self, future: Future[Any]) -> Report:
-        try:
-            report: Report = future.result()
-        except Exception as error:
-            raise _broken(error) from error
-        opened = [
-            out._replace(state=unpack(out.state).state) if isinstance(out.state, bytes) else out for out in report.outcomes
-        ]
-        return report._replace(outcomes=opened)
+    def rescue(self) -> None:
+        """After an interruption or an error, put on record what had been finished besides, and tell nobody of it."""
+        for future in self.pending:
+            if future.done() and not is_broken(future):
+                with suppress(Exception):
+                    self.arrived.extend(received(future).outcomes)
+        for outcome in self.arrived:
+            # The first error is the one to be told; this may well be the same (a full disk).
+            with suppress(Exception):
+                self.known.add(outcome)
 
-    def _take(self, outcomes: list[Outcome], reasons: dict[int, str]) -> None:
+    def _take(self, reasons: dict[int, str]) -> None:
         joined: dict[str, list[Trial]] = {}
-        for outcome in outcomes:
-            trial = outcome.trial
-            self.known.add(outcome)
+        while self.arrived:
+            trial = self.arrived[0].trial
+            self.known.add(self.arrived[0])
+            self.arrived.popleft()
             if trial.how == "alone":
                 self.alone.setdefault(reasons.get(trial.place, ""), []).append(trial)
             else:
@@ -254,18 +181,3 @@ def _shared(trials: list[Trial]) -> str:
     same = {name: value for name, value in first.items() if all(trial.config.get(name) == value for trial in trials)}
     varied = ", ".join(name for name in first if name not in same)
     return f"{same} with {varied} varied" if same else f"{varied} varied"
-
-
-def _handed(submit: Callable[..., Future[Any]], members: list[Member]) -> Future[Any]:
-    try:
-        return submit(members)
-    except RuntimeError as error:
-        raise _broken(error) from error
-
-
-def _broken(error: BaseException) -> FunctrainError:
-    return FunctrainError(
-        f"the executor did not do its work ({type(error).__name__}: {error}): a worker died, it was shut "
-        "down, or the trial does not pickle (processes need a function at the top of a module). What was "
-        "finished is in the directory, where one was given: a call with a working executor goes on from there"
-    )

@@ -53,8 +53,9 @@ def groups(members: Sequence[Member], names: Sequence[str]) -> list[list[Member]
 
 def check_names(members: Sequence[Member], names: Sequence[str]) -> None:
     """Raise `ArgumentError` for a name that no config has."""
-    if isinstance(names, str):
-        raise ArgumentError(f"together takes a tuple of names: together=({names!r},)")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        example = (names,) if isinstance(names, str) else ("lr",)
+        raise ArgumentError(f"together takes a tuple of names, such as together={example!r}; got {names!r}")
     for name in names:
         if not any(_without(member.config, [name]) != member.config for member in members):
             known = dict.fromkeys(key for member in members for key in member.config)
@@ -86,11 +87,14 @@ class _Lane:
 def run_together(function: Function, members: Sequence[Member], halt: Halt) -> Report:
     """Run a group as one population as far as its members agree: `functrain.search.alike` checks that."""
     lanes, report = _built(function, members)
-    if report.apart or not lanes:
+    # Who cannot take a step by itself leads nobody, and would keep all others apart.
+    while lanes and (reason := _stuck(lanes[0])):
+        report.apart.append((lanes.pop(0).member, reason))
+    if not lanes:
         return report
     first, alike = lanes[0], lanes[:1]
     for lane in lanes[1:]:
-        reason = difference(first.experiment, first.state, lane.experiment, lane.state)
+        reason = _why_apart(first, lane)
         if reason:
             report.apart.append((lane.member, reason))
         else:
@@ -101,6 +105,28 @@ def run_together(function: Function, members: Sequence[Member], halt: Halt) -> R
     else:
         report.outcomes.extend(lane.outcome for lane in alike if lane.outcome is not None)
     return report
+
+
+def _stuck(lane: _Lane) -> str:
+    experiment = lane.experiment
+    try:
+        if experiment.steps and not experiment.step.donates:
+            experiment.step(lane.state, experiment.train(0))
+    except Exception as error:
+        return f"its first step raised {_told(error)}"
+    return ""
+
+
+def _why_apart(first: _Lane, lane: _Lane) -> str:
+    try:
+        return difference(first.experiment, first.state, lane.experiment, lane.state)
+    except Exception as error:
+        # It fails, with its traceback, when it runs alone.
+        return f"comparing it with the first one raised {_told(error)}"
+
+
+def _told(error: Exception) -> str:
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def _built(function: Function, members: Sequence[Member]) -> tuple[list[_Lane], Report]:
@@ -137,8 +163,7 @@ def _train(lanes: list[_Lane], halt: Halt) -> str:
     except Stopped:
         raise
     except Exception as error:
-        told = str(error).strip().splitlines()[:1]
-        return f"the population raised {': '.join([type(error).__name__, *told])}"
+        return f"the population raised {_told(error)}"
     seconds = (time.perf_counter() - begun) / len(lanes)
     for lane, own in zip(lanes, tree.unstack(state)):
         if lane.outcome is None:

@@ -19,6 +19,7 @@ from functrain.engine.experiment import Experiment
 from functrain.engine.fold import fold
 from functrain.search.grid import Config
 from functrain.search.keep import kept
+from functrain.search.measures import measured, number
 
 Function = Callable[[Config], Any]
 Measures = dict[str, float]
@@ -102,21 +103,10 @@ def called(function: Function, member: Member) -> Any:
 def scored(result: Any) -> Scored:
     """What a trial returned, in full; raises `ArgumentError` when it is neither a number nor `Scored`."""
     given = result if isinstance(result, Scored) else Scored(result)
-    score = _number(given.score, "the score")
-    measures = {str(name): _number(value, f"measure {name!r}") for name, value in given.measures.items()}
+    advice = "a trial returns a number, Scored(score, state, measures), or an Experiment"
+    score = number(given.score, "the score", advice)
+    measures = {str(name): number(value, f"measure {name!r}", advice) for name, value in given.measures.items()}
     return Scored(score, kept(given.state), measures)
-
-
-def _number(value: Any, name: str) -> float:
-    if not isinstance(value, (str, bytes)) and getattr(value, "ndim", 0) == 0:
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    raise ArgumentError(
-        f"{name} is {value!r} ({type(value).__name__}): a trial returns a number, "
-        "Scored(score, state, measures), or an Experiment"
-    )
 
 
 def done(member: Member, result: Scored, seconds: float, how: str = "alone", history: Any = ()) -> Trial:
@@ -194,7 +184,7 @@ def evaluated(experiment: Experiment, state: Any) -> Measures:
     """What the experiment measures of a state; raises `ArgumentError` where it measures nothing."""
     if experiment.evaluate is None:
         raise ArgumentError("a search scores an experiment by its evaluate(state): give one, and score=…")
-    return {name: _number(value, f"measure {name!r}") for name, value in experiment.evaluate(state).items()}
+    return measured(experiment.evaluate, state)
 
 
 def judged(experiment: Experiment, state: Any, measures: Measures) -> Scored:

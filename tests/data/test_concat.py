@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from functrain.core.errors import ArgumentError, DataError
 from functrain.data import h5concat, h5write, hdf5, readmmap
-from functrain.data.concat import slabs
+from functrain.data.slabs import slabs
 
 
 def part(path, n, lengths=(3, 4), **options):
@@ -162,8 +162,12 @@ def test_arguments_that_make_no_sense_are_named(tmp_path):
         assert message.split(".*")[-1] in str(caught.value)
     with pytest.raises(ArgumentError, match="is one of the sources"):
         h5concat(source, [source], overwrite=True)
-    with pytest.raises(ArgumentError, match="memory must be"):
-        h5concat(target, [source], memory=0)
+    for memory in (0, None, "1", 1.5, float("nan"), True):
+        with pytest.raises(ArgumentError, match=f"memory must be .* got {memory!r}"):
+            h5concat(target, [source], memory=memory)
+    for axis in (1.0, "0", None, True):
+        with pytest.raises(ArgumentError, match=f"axis must be an int, got {axis!r}"):
+            h5concat(target, [source], axis)
     assert not target.exists()
 
 

@@ -74,6 +74,9 @@ def build(name, file, folder):
     elif name == "external link":
         h5write(folder / "other.h5", {"padding": np.zeros(99), "y": array})
         file["x"] = h5py.ExternalLink(str(folder / "other.h5"), "y")
+    elif name == "external link to chunks":
+        h5write(folder / "other.h5", {"y": array}, chunks=7)
+        file["x"] = h5py.ExternalLink(str(folder / "other.h5"), "y")
     elif name == "soft link":
         file["y"] = array
         file["x"] = h5py.SoftLink("/y")
@@ -98,7 +101,8 @@ WAYS = {
     "unallocated": "h5py: not allocated",
     "external": "h5py: stored in an external file",
     "virtual": "h5py: virtual",
-    "external link": "h5py: linked from another file",
+    "external link": "mmap: contiguous, mapped into memory from '",
+    "external link to chunks": "h5py: chunked 7x2x3",
     "bfloat16": "h5py: stored in a number format that NumPy does not have",
 }
 
@@ -193,6 +197,62 @@ def test_what_is_missing_or_not_to_be_read_is_named(tmp_path):
         assert message in str(wrong.value)
     with pytest.raises(DataError, match="is a group"):
         readmmap(path, "train")
+
+
+def shelf(folder, chunks):
+    """main.h5, with a group of its own called as the one in other.h5 that it links to."""
+    h5write(folder / "other.h5", {"data": {"x": np.full((4, 2), 7.0), "y": np.arange(4)}}, chunks=chunks)
+    h5write(folder / "main.h5", {"data": {"x": np.full((4, 2), 1.0), "y": np.arange(100, 104)}}, chunks=chunks)
+    with h5py.File(folder / "main.h5", "r+") as file:
+        file["train"] = h5py.ExternalLink("other.h5", "/data")
+        file["here"] = h5py.SoftLink("/data")
+    return folder / "main.h5"
+
+
+@pytest.mark.parametrize("chunks", [None, 2])
+@pytest.mark.parametrize("datasets", [None, ["x", "y"], ["y", "x"]])
+def test_a_linked_group_is_read_where_the_link_leads(tmp_path, chunks, datasets):
+    path = shelf(tmp_path, chunks)
+    with hdf5(path, "train", datasets=datasets) as there, hdf5(path, "/here/", datasets=datasets) as here:
+        assert [(float(e["x"][1]), int(e["y"])) for e in there] == [(7.0, n) for n in range(4)]
+        assert [(float(e["x"][1]), int(e["y"])) for e in here] == [(1.0, 100 + n) for n in range(4)]
+    if chunks is None:
+        assert readmmap(path, "train/y").tolist() == [0, 1, 2, 3]
+        os.truncate(tmp_path / "other.h5", 2000)
+        with pytest.raises(DataError, match=r"main\.h5' has no 'train'.*truncated"):
+            hdf5(path, "train")
+
+
+@pytest.mark.parametrize("link", [h5py.SoftLink("/nowhere"), h5py.ExternalLink("nowhere.h5", "/y")])
+def test_a_member_that_cannot_be_opened_is_not_left_out(tmp_path, link):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["g/x"] = np.arange(4)
+        file["g/y"] = link
+        file["g/deeper/z"] = np.arange(3)
+        file["g/kind"] = np.dtype("f4")
+    with pytest.raises(DataError, match=rf"'g/y' in '{path}' cannot be opened .*datasets=\["):
+        hdf5(path, "g")
+    assert hdf5(path, "g", datasets=["x"])(3) == {"x": torch.tensor(3)}
+    for arguments in ({"group": "g", "datasets": ["kind"]}, {"group": "g/kind"}):
+        with pytest.raises(DataError, match=r"datatype|no datasets"):
+            hdf5(path, **arguments)
+
+
+def test_names_that_hdf5_has_not_are_refused(tmp_path):
+    path = tmp_path / "a.h5"
+    h5write(path, {"a": np.arange(4)})
+    ways = (lambda name: hdf5(path, name), lambda name: hdf5(path, datasets=[name]), lambda name: readmmap(path, name))
+    for name in ("a\0x", "\ud800", "a/b"):
+        for read in ways:
+            with pytest.raises(DataError, match=r"holds 'a'|'a' is no group"):
+                read(name)
+    for name in (5, b"a"):
+        with pytest.raises(ArgumentError, match="group takes the name"):
+            hdf5(path, name)
+        for datasets in (name, [name]):
+            with pytest.raises(ArgumentError, match="datasets takes a list of names, got"):
+                hdf5(path, datasets=datasets)
 
 
 def test_files_that_are_not_there_or_not_hdf5(tmp_path):

@@ -263,3 +263,79 @@ def test_explain_names_depth_and_source():
     assert "of: list" in str(explain(prefetch([1])))
     assert prefetch(TEN).length == 10
     assert prefetch([1]).length is None
+
+
+def take_all(stream, taken, ended):
+    try:
+        for element in stream:
+            taken.append(int(element))
+        ended.append("end")
+    except Exception as error:
+        ended.append(f"{type(error).__name__}: {error}")
+
+
+def consumers(stream, count):
+    taken, ended = [], []
+    threads = [threading.Thread(target=take_all, args=(stream, taken, ended), daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, taken, ended
+
+
+def joined(threads):
+    for thread in threads:
+        thread.join(timeout=30)
+    return not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_threads_that_share_a_stream_all_come_to_its_end(depth):
+    hundred = arrays(torch.arange(100))
+    for _ in range(20):
+        with prefetch(hundred, depth) as batches:
+            threads, taken, ended = consumers(iter(batches), 4)
+            assert joined(threads)
+        assert sorted(taken) == list(range(100))
+        assert ended == ["end"] * 4
+
+
+def test_an_error_goes_to_one_of_the_threads_and_ends_the_others():
+    def fail(n):
+        if n == 6:
+            raise KeyError("six")
+        return n
+
+    with prefetch(TEN.map(fail), 2) as batches:
+        threads, taken, ended = consumers(iter(batches), 3)
+        assert joined(threads)
+    assert sorted(taken) == list(range(6))
+    assert sorted(ended) == ["KeyError: 'six'", "end", "end"]
+
+
+def test_closing_frees_every_thread_that_waits():
+    source = Gated()
+    with prefetch(source, 2) as batches:
+        threads, taken, ended = consumers(iter(batches), 3)
+        source.let.release()
+        # Element 0 is loaded; the load of element 1 is under way.
+        for _ in range(2):
+            assert source.begun.acquire(timeout=30)
+        closing = threading.Thread(target=batches.close, daemon=True)
+        closing.start()
+        assert batches._stream._closed.wait(timeout=30)
+        source.let.release(2)
+        assert joined([closing, *threads])
+    assert len(taken) < 10
+    assert len(ended) == 3
+    assert all("`with` block of this prefetch has ended" in reason for reason in ended)
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_positions_of_an_empty_source_are_an_error_and_its_epoch_is_empty(start):
+    empty = arrays(torch.arange(3)).shard(5, 9)
+    with prefetch(empty, 2) as batches:
+        assert list(batches) == []
+        assert list(batches.between(start, start)) == []
+        for stop in (None, start + 2):
+            with pytest.raises(ArgumentError, match="without elements cannot be repeated"):
+                batches.between(start, stop)

@@ -60,6 +60,15 @@ def test_positions_are_any_kind_of_integer_and_nothing_else():
         (lambda: TEN.repeat().repeat(), "repeat needs a source with an end"),
         (lambda: TEN.repeat(0), "epochs must be at least 1"),
         (lambda: TEN.shard(10, 11).repeat(), "without elements cannot be repeated"),
+        (lambda: TEN.windows(11), "windows of 11 do not fit into a source of length 10"),
+        (lambda: TEN.windows(0), "size must be at least 1, got 0"),
+        (lambda: TEN.windows(2.0), "size must be an int, got 2.0"),
+        (lambda: TEN.windows(2, stride=0), "stride must be at least 1, got 0"),
+        (lambda: TEN.windows(2, stride=True), "stride must be an int, got True"),
+        (lambda: TEN.repeat().windows(2), "windows needs a source with an end"),
+        (lambda: TEN.shard(10, 11).windows(1), "do not fit into a source of length 0"),
+        (lambda: TEN.shard(10, 11).repeat(3), "without elements cannot be repeated"),
+        (lambda: TEN.shard(10, 11).shuffle(0).batch(2).repeat(), "without elements cannot be repeated"),
         (lambda: TEN.epoch(-1), "epoch must be at least 0"),
         (lambda: len(TEN.repeat()), "no len()"),
         (lambda: list(TEN.repeat()), "no len()"),
@@ -69,6 +78,26 @@ def test_wrong_arguments_are_named(wrong, message):
     with pytest.raises(ArgumentError) as caught:
         wrong()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "stride", "rest"), [(3, None, 1), (3, 2, 1), (4, 6, 0), (10, 7, 0), (2, 5, 3), (1, 1, 0)])
+def test_windows_say_what_is_left_over(size, stride, rest):
+    windows = TEN.windows(size, stride)
+    assert f"left over: {rest} time steps" in str(explain(windows))
+    assert int(windows(len(windows) - 1)[-1]) == 9 - rest
+    with pytest.raises(PositionError, match=f"source of length {len(windows)}"):
+        windows(len(windows))
+
+
+def test_windows_of_trees_and_of_ragged_elements():
+    steps = arrays({"x": torch.arange(12.0).reshape(6, 2), "y": (torch.arange(6),)})
+    window = steps.windows(3)(1)
+    assert window["x"].tolist() == [[6.0, 7.0], [8.0, 9.0], [10.0, 11.0]]
+    assert window["y"][0].tolist() == [3, 4, 5]
+    assert int(window["y"][0].zero_().sum()) == 0
+    assert steps.windows(3)(1)["y"][0].tolist() == [3, 4, 5]
+    with pytest.raises(TreeError, match=r"\.map\(fn\)"):
+        TEN.map(lambda n: torch.zeros(int(n))).windows(2)(0)
 
 
 def test_elements_that_do_not_stack_say_what_to_do():

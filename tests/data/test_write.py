@@ -82,7 +82,28 @@ def test_the_file_has_the_permissions_of_any_other(tmp_path):
         ({"x": [1, 2]}, {}, "leaf 'x' is list"),
         ({"a": {"x": np.array(["text"])}}, {}, "leaf 'a/x' is an array of <U4"),
         ({"x": torch.zeros(2).bfloat16()}, {}, r"takes it as \.float\(\)"),
+        ({"x": torch.zeros(2).to(torch.float8_e4m3fn)}, {}, r"'x' is a torch.float8_e4m3fn .* takes it as \.float\(\)"),
+        ({"x": torch.zeros(2, device="meta")}, {}, "leaf 'x' is a torch.float32 tensor"),
+        ({"x": np.array(["2020-01-01"], "M8[D]")}, {}, r"leaf 'x' is an array of datetime64\[D\].*astype"),
+        ({"x": np.zeros(2, [("when", "M8[D]")])}, {}, "leaf 'x' is an array of .*when"),
+        ({"x": np.zeros(2, [("a", "O")])}, {}, "leaf 'x' is an array of .*'O'"),
+        ({"x": np.zeros(2, [("a", "U3")])}, {}, "leaf 'x' is an array of .*U3"),
         ({"a/b": np.zeros(2)}, {}, "without '/'"),
+        ({"a\0x": np.zeros(2)}, {}, r"got 'a\\x00x'"),
+        ({"\ud800": np.zeros(2)}, {}, r"got '\\ud800'"),
+        ({"": np.zeros(2)}, {}, "got ''"),
+        ({"x": np.zeros(2)}, {"group": "a\0b"}, "group 'a.x00b'"),
+        ({"x": np.zeros(2)}, {"group": "a//b"}, "group 'a//b'"),
+        ({"x": np.zeros(2)}, {"group": 5}, "group takes the name of a group, got 5"),
+        ({"x": np.zeros((4, 4))}, {"chunks": -1}, "chunks must be at least 1, got -1"),
+        ({"x": np.zeros((4, 4))}, {"chunks": "a"}, "chunks must be an int, got 'a'"),
+        ({"x": np.zeros((4, 4))}, {"chunks": True}, "chunks must be an int, got True"),
+        ({"x": np.zeros((4, 4))}, {"chunks": (2, 0)}, "chunks must be at least 1, got 0"),
+        ({"x": np.zeros((4, 4))}, {"chunks": (2, 2.5)}, "chunks must be an int, got 2.5"),
+        ({"x": np.zeros((4, 4))}, {"chunks": (2**70, 4)}, "do not suit 'x'"),
+        ({"x": np.zeros((4, 4))}, {"compression": -1}, "-1 do not suit 'x'"),
+        ({"x": np.zeros((4, 4))}, {"compression": 2**70}, "do not suit 'x'"),
+        ({"x": np.zeros((4, 4))}, {"compression": [9]}, "do not suit 'x'"),
         ({3: np.zeros(2)}, {}, "got 3"),
         ({"x": np.zeros((4, 4))}, {"chunks": (4, 4, 4)}, "do not suit 'x'"),
         ({"x": np.zeros((4, 4))}, {"compression": "nonsense"}, "'nonsense' do not suit 'x'"),
@@ -104,10 +125,10 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from functrain.data.atomic import replacing
-with replacing(sys.argv[1], overwrite=True) as file:
-    file["x"] = np.ones(100_000)
-    file.flush()
+from functrain.data.output import replacing
+with replacing(sys.argv[1], overwrite=True) as output:
+    output.file["x"] = np.ones(100_000)
+    output.file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

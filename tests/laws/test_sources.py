@@ -65,6 +65,14 @@ COMBINATIONS = {
     "repeated": lambda s: s.shuffle(1).repeat(2),
     "repeated batches": lambda s: s.shuffle(1).batch(4).repeat(3),
     "batches over epochs": lambda s: s.shuffle(1).repeat(2).batch(9),
+    "windows": lambda s: s.windows(4),
+    "windows apart": lambda s: s.windows(2, stride=5),
+    "windows that overlap": lambda s: s.shuffle(1).windows(5, stride=2),
+    "one window": lambda s: s.windows(LENGTH),
+    "windows shuffled": lambda s: s.windows(5, stride=2).shuffle(1),
+    "windows in batches": lambda s: s.windows(4, stride=3).shuffle(1).shard(1, 2).batch(2),
+    "windows of windows": lambda s: s.windows(3, stride=1).windows(2),
+    "windows repeated": lambda s: s.windows(4).shuffle(1).repeat(2),
     "endless": lambda s: s.shuffle(1).repeat(),
     "endless batches": lambda s: s.shuffle(1).repeat().batch(4),
     "endless shard": lambda s: s.shuffle(1).repeat().shard(1, 2),
@@ -78,7 +86,7 @@ def test_every_combination_is_a_source(base, combination, files):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("combination", ["itself", "batched", "zipped"])
+@pytest.mark.parametrize("combination", ["itself", "batched", "zipped", "windows that overlap", "windows shuffled"])
 def test_every_base_is_a_source(base, combination, files):
     check_source(COMBINATIONS[combination](BASES[base](files)))
 
@@ -159,6 +167,27 @@ def test_batches_cover_and_end_with_the_epoch(length, size, drop_last):
     assert all(len(batch) == size for batch in list(batches)[:-1])
     twice = batches.repeat(2)
     assert [twice(len(batches) + i).tolist() for i in range(len(batches))] == [batch.tolist() for batch in batches]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 80),
+    size=st.integers(1, 9),
+    stride=st.one_of(st.none(), st.integers(1, 12)),
+    seed=st.one_of(st.none(), st.integers()),
+    epoch=st.integers(0, 5),
+)
+def test_windows_are_the_runs_of_neighbours(length, size, stride, seed, epoch):
+    if size > length:
+        return
+    windows = arrays(torch.arange(length)).windows(size, stride)
+    step = size if stride is None else stride
+    expected = [list(range(start, start + size)) for start in range(0, length - size + 1, step)]
+    assert [window.tolist() for window in windows] == expected
+    if seed is not None:
+        shuffled = windows.shuffle(seed).epoch(epoch)
+        assert sorted(window.tolist() for window in shuffled) == expected
+        assert torch.cat(list(shuffled.batch(3))).tolist() == [window.tolist() for window in shuffled]
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -242,3 +243,12 @@ def test_a_kill_while_saving_always_leaves_a_whole_newest_checkpoint(tmp_path: P
         assert loaded.state["turn"].item() == loaded.record["turn"]
         checkpoints.save(like, 10**6, {})
         assert all(name.startswith("step-") for name in names(folder))
+
+
+def test_a_record_of_numbers_that_are_not_finite_comes_back_as_numbers(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    record = {"sums": {"high": math.inf, "low": [-math.inf, 0.5]}, "note": "fine"}
+    checkpoints.save({"w": torch.ones(1)}, 1, record | {"gone": math.nan})
+    loaded = checkpoints.load({"w": torch.ones(1)}).record
+    assert math.isnan(loaded.pop("gone"))
+    assert loaded == record

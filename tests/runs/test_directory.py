@@ -107,6 +107,12 @@ def test_what_a_kill_leaves_at_the_very_start_is_still_an_empty_directory(tmp_pa
     assert Run.create(tmp_path, CONFIG, FACTS).config == CONFIG
 
 
+def test_text_in_a_config_stays_text(tmp_path: Path) -> None:
+    Run.create(tmp_path, {"name": "inf", "tags": ["nan"]}, {"host": "nan"})
+    run = Run.open(tmp_path)
+    assert (run.config, run.facts) == ({"name": "inf", "tags": ["nan"]}, {"host": "nan"})
+
+
 def test_facts_that_json_cannot_hold_make_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"facts\['x'\] is object"):
         Run.create(tmp_path / "run", CONFIG, {"x": object()})

@@ -22,10 +22,10 @@ from functrain.runs.store import (
     load_tree,
     read_record,
     save_tree,
-    sole_writer,
     whole_file,
     write_record,
 )
+from functrain.search.lock import sole_writer
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -62,6 +62,28 @@ def test_awkward_tensors_come_back_with_the_same_bits(tmp_path: Path, name: str)
     assert same_bits(loaded, shown)
     assert not loaded.requires_grad
     assert hash_tree({"x": loaded}) == hash_tree({"x": AWKWARD[name]})
+
+
+STRIDED = {
+    "channels last": torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last),
+    "channels last of one channel": torch.arange(9.0).reshape(1, 1, 3, 3).to(memory_format=torch.channels_last),
+    "transposed": torch.arange(6).reshape(2, 3).t(),
+    "with gaps": torch.arange(24.0).reshape(2, 3, 4)[:, -1],
+    "one of a stride": torch.arange(4.0)[1::4],
+    "empty": torch.zeros(0, 3).t(),
+    "in order": torch.arange(6.0).reshape(2, 3),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_how_a_tensor_lies_in_memory_comes_back(tmp_path: Path, name: str) -> None:
+    leaf = STRIDED[name]
+    save_tree(tmp_path / "t", {"x": leaf}, {"made by": "a test"})
+    for like in (leaf, torch.empty(leaf.shape, dtype=leaf.dtype), torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")):
+        loaded = load_tree(tmp_path / "t", {"x": like})["x"]
+        assert loaded.stride() == leaf.stride()
+        assert same_bits(loaded, leaf)
+    assert load_metadata(tmp_path / "t") == {"made by": "a test"}
 
 
 def test_tensors_that_share_memory_come_back_apart(tmp_path: Path) -> None:
@@ -227,7 +249,7 @@ def test_one_writer_at_a_time_and_none_after_a_kill(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     hold = f"""
 import time
-from functrain.runs.store import sole_writer
+from functrain.search.lock import sole_writer
 with sole_writer({os.fspath(lock)!r}):
     print("held", flush=True)
     time.sleep(600)

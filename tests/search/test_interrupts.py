@@ -49,6 +49,23 @@ def test_experiments_stop_at_their_next_step_so_that_the_program_can_end(tmp_pat
     assert not (tmp_path / "journal.jsonl").read_bytes()
 
 
+def test_experiments_in_the_callers_threads_stop_at_their_next_step_too(tmp_path: Path) -> None:
+    program = """
+import sys, trials
+from concurrent.futures import ThreadPoolExecutor
+from functrain.search import grid, grid_search
+with ThreadPoolExecutor(2) as pool:
+    try:
+        grid_search(trials.endless, grid(lr=[0.1, 0.2], batch=[4, 3]), executor=pool, directory=sys.argv[1], together=("lr",))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    print(pool.submit(int, "3").result(timeout=60))
+print("ended")
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "interrupted\n3\nended\n", done.stderr
+
+
 def test_killed_at_any_trial_and_called_again_it_ends_the_same(tmp_path: Path) -> None:
     over = "grid(x=range(6))"
     text = PROGRAM.format(trial="kept", over=over, workers=1, together=(), after="")

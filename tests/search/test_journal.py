@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,41 @@ def test_a_directory_that_cannot_be_is_an_error(tmp_path: Path) -> None:
         pass
 
 
+def test_one_thread_at_a_time(tmp_path: Path) -> None:
+    with Journal(tmp_path) as first:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(RunError, match="in use by this process itself"):
+            pool.submit(Journal(tmp_path).__enter__).result()
+        with pytest.raises(RunError, match="in use"), Journal(tmp_path):
+            pass
+        first.append(RECORDS[0])
+        command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+        other = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert "RunError" in other.stderr
+
+
+def test_a_write_that_fails_leaves_whole_lines(tmp_path: Path) -> None:
+    program = """
+import resource, signal, sys
+from functrain.core.errors import RunError
+from functrain.search.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Journal(sys.argv[1]) as journal:
+    journal.append({"key": "a"})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    try:
+        journal.append({"key": "b", "error": "x" * 200})
+    except RunError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    journal.append({"key": "c"})
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "could not write to the journal" in done.stdout
+    with Journal(tmp_path) as journal:
+        assert list(journal.records) == ["a", "c"]
+
+
 HOLDER = """
 import sys
 from functrain.search.journal import Journal
@@ -78,7 +114,7 @@ def test_one_process_at_a_time_until_it_dies(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match="in use by another search"), Journal(tmp_path):
+        with pytest.raises(RunError, match=f"in use by another process .id {holder.pid}."), Journal(tmp_path):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()

@@ -98,14 +98,31 @@ def test_a_class_that_is_not_there_becomes_one_of_the_same_fields() -> None:
         ({"w": 3}, "w is int"),
         ([torch.zeros(1), {"deep": {1, 2}}], "1.deep is set"),
         ({(1, 2): torch.zeros(1)}, "keys that are neither text nor ints"),
-        ({"a.b": torch.zeros(1), "a": {"b": torch.zeros(1)}}, "two leaves have the name 'a.b'"),
-        ({"w": torch.zeros(1, device="meta")}, "no dense tensor"),
-        ({"w": torch.zeros(1, dtype=torch.complex128)}, "safetensors cannot hold"),
+        ({1: torch.zeros(1), "1": torch.zeros(1)}, "two leaves would have the name '1'"),
+        ({"w": torch.zeros(1, device="meta")}, "'w' is on the meta device"),
+        ({"w": torch.eye(2).to_sparse()}, "'w' is of layout torch.sparse_coo"),
+        ({"\ud800": torch.zeros(1)}, "not valid text"),
     ],
 )
 def test_what_cannot_be_kept_is_said(state: Any, message: str) -> None:
-    with pytest.raises(TreeError, match=message):
-        pack(state)
+    for keep in (pack, kept):
+        with pytest.raises(TreeError, match=message):
+            keep(state)
+
+
+def test_names_that_the_format_keeps_for_itself_and_dtypes_that_it_does_not_know() -> None:
+    state = {
+        "__metadata__": torch.ones(2),
+        "a/b": torch.zeros(1),
+        "a": {"b": torch.ones(1)},
+        "a.b": torch.tensor([[1 + 2j]], dtype=torch.complex128),
+        "0-d": torch.tensor(3j, dtype=torch.complex128),
+        "none": torch.zeros(0, 2, dtype=torch.complex128),
+        "turned": torch.arange(6).reshape(2, 3).to(torch.complex128).t(),
+    }
+    assert same(unpack(pack(state)).state, state)
+    assert same(kept(state), state)
+    assert same(unpack(pack(torch.tensor(2j, dtype=torch.complex128))).state, torch.tensor(2j, dtype=torch.complex128))
 
 
 def test_damaged_bytes_name_their_origin(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import trials
 
+import functrain as ft
 from functrain.core.errors import ArgumentError, FunctrainError, RunError
 from functrain.search import Scored, grid, grid_search, nested
 from functrain.search.keep import unpack
@@ -107,6 +108,7 @@ def test_progress_is_told_in_the_calling_thread() -> None:
         ({"executor": 3}, "executor must be"),
         ({"maximize": "loss"}, "maximize must be"),
         ({"together": "x"}, r"together=\('x',\)"),
+        ({"together": (3,)}, "together takes a tuple of names"),
         ({"together": ("lr",)}, "together names 'lr', and no config has it"),
     ],
 )
@@ -204,3 +206,26 @@ def test_a_death_between_state_and_journal_loses_nothing(tmp_path: Path) -> None
         assert again.trials == whole.trials
         assert again.state["w"].tolist() == [3, 3]
         assert journal.read_bytes().splitlines(keepends=True) == lines
+
+
+def odd(config: dict[str, Any]) -> Scored:
+    """States that are not for safetensors alone."""
+    states = {
+        "complex": {"w": torch.tensor([1 + 2j], dtype=torch.complex128)},
+        "metadata": {"__metadata__": torch.ones(1)},
+        "text": {"\ud800": torch.ones(1)},
+        "plain": torch.zeros(1),
+    }
+    return Scored(config["x"], states[config["state"]])
+
+
+def test_a_state_of_any_dtype_and_name_is_kept_and_one_that_cannot_be_fails_its_trial_alone(tmp_path: Path) -> None:
+    for best, where in (("complex", tmp_path / "a"), ("metadata", tmp_path / "b"), ("plain", None)):
+        over = grid(state=["text", "plain"], x=0) | grid(state=best, x=1)
+        for _ in range(2):  # the second time from the directory
+            result = grid_search(odd, over, directory=where)
+            expected = odd({"state": best, "x": 1}).state
+            assert all(map(torch.equal, ft.tree.leaves(result.state), ft.tree.leaves(expected)))
+            assert ft.tree.same_structure(result.state, expected)
+            assert [trial.status for trial in result.trials] == ["done", "done", "failed"]
+            assert "not valid text" in (result.trials[-1].error or "")

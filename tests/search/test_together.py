@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,31 @@ def test_members_fail_alone() -> None:
     unbuilt = grid_search(trials.line, grid(lr=[0.1, -1.0, 0.2]), together=("lr",))
     assert [trial.how for trial in unbuilt.trials] == ["population of 2"] * 2 + ["alone"]
     assert "lr must be a number" in str(unbuilt.trials[-1].error)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 3])
+@pytest.mark.parametrize("place", ["loss", "source"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_member_whose_loss_or_source_raises_fails_alone(broken: int, place: str, workers: int) -> None:
+    def trial(config: dict[str, Any]) -> ft.Experiment:
+        def used(by: str, batch: torch.Tensor) -> torch.Tensor:
+            if config["start"] == broken and by == place:
+                raise RuntimeError("the disk is gone")
+            return batch
+
+        made = trials.line(config)
+        grad = ft.grad(lambda params, batch: (used("loss", batch) - params["mean"]) ** 2)
+        return replace(made, step=ft.step(grad, ft.optim.sgd(0.1)), train=made.train.map(lambda batch: used("source", batch)))
+
+    result = grid_search(trial, grid(start=range(4)), together=("start",), workers=workers)
+    assert ways(result) == ["alone"] + ["population of 3"] * 3
+    last = result.trials[-1]
+    assert (last.config, last.status) == ({"start": broken}, "failed")
+    assert last.error is not None
+    assert "in used" in last.error
+    assert "RuntimeError: the disk is gone" in last.error
+    assert all(trial.status == "done" for trial in result.trials[:3])
+    assert "the disk is gone" in str(result.explain())
 
 
 def test_a_member_that_diverges_is_last_and_leaves_the_others_alone() -> None:

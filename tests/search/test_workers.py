@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+import signal
+import threading
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,68 @@ def test_a_process_that_dies_costs_no_finished_trial(tmp_path: Path) -> None:
         grid_search(trials.killed, over, executor=pool, directory=tmp_path)
     told: list[int] = []
     result = grid_search(trials.parabola, over, directory=tmp_path, progress=lambda done, total, trial: told.append(done))
-    assert len(told) < 4
+    assert told == [3, 4]
     assert result.best == {"x": 3}
+
+
+class AtOnce(Executor):
+    """Runs what it is given at once, and breaks at the given numbers."""
+
+    def __init__(self, *breaks: int) -> None:
+        self.breaks, self.given = breaks, 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        future: Future[Any] = Future()
+        if self.given in self.breaks:
+            future.set_exception(BrokenExecutor("gone"))
+        else:
+            future.set_result(fn(*args, **kwargs))
+        self.given += 1
+        return future
+
+
+def lines(directory: Path) -> list[str]:
+    return (directory / "journal.jsonl").read_text().splitlines()
+
+
+def test_what_was_done_beside_a_worker_that_died_is_kept(tmp_path: Path) -> None:
+    told: list[int] = []
+    tell = lambda done, total, trial: told.append(done)  # noqa: E731
+    with pytest.raises(FunctrainError, match="a worker died"):
+        grid_search(trials.kept, grid(x=range(6)), executor=AtOnce(0, 3), directory=tmp_path, progress=tell)
+    assert len(lines(tmp_path)) == 4
+    assert told == [1, 2, 3, 4]
+
+
+def test_what_was_done_when_an_interrupt_came_is_kept(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int, trial: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        grid_search(trials.kept, grid(x=range(6)), executor=AtOnce(), directory=tmp_path / "a", progress=interrupt)
+    assert len(lines(tmp_path / "a")) == 6
+    again = grid_search(trials.counted, grid(x=range(6)), directory=tmp_path / "a")
+    assert again.best == {"x": 3}
+    assert again.state["w"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_threads_do_while_the_search_fails_is_kept(tmp_path: Path, own: bool) -> None:
+    all_run = threading.Barrier(3)
+
+    def trial(config: dict[str, Any]) -> float:
+        all_run.wait(timeout=30)
+        return float(config["x"])
+
+    def fails(done: int, total: int, trial: Any) -> None:
+        raise OSError("no more paper")
+
+    pool = ThreadPoolExecutor(3)
+    how: dict[str, Any] = {"workers": 3} if own else {"executor": pool}
+    with pool, pytest.raises(OSError, match="no more paper"):
+        grid_search(trial, grid(x=range(3)), directory=tmp_path, progress=fails, **how)
+    # Threads of its own are waited for.
+    assert len(lines(tmp_path)) == 3 if own else len(lines(tmp_path)) >= 1
 
 
 def test_an_executor_has_its_own_workers() -> None:
@@ -90,12 +152,4 @@ def test_an_executor_has_its_own_workers() -> None:
 
 
 def test_an_executor_may_be_anything() -> None:
-    class Backwards(Executor):
-        """Runs what it is given at once."""
-
-        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
-            future: Future[Any] = Future()
-            future.set_result(fn(*args, **kwargs))
-            return future
-
-    assert grid_search(trials.kept, grid(x=[1, 3]), executor=Backwards()).state["w"].tolist() == [3, 3]
+    assert grid_search(trials.kept, grid(x=[1, 3]), executor=AtOnce()).state["w"].tolist() == [3, 3]
