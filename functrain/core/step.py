@@ -96,6 +96,7 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
     if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
         raise ArgumentError(f"expected an optimizer, got {explain(optimizer).title}: for instance ft.optim.adamw(1e-3)")
     fused = getattr(optimizer, "fused", None)
+    spare: list[Tree] = []
 
     def init(params: Tree, *, carry: Tree = None, seed: int | Tensor = 0) -> State:
         mine = tree.map(_copied, params)
@@ -106,19 +107,24 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
 
     def update(state: State, batch: Tree) -> tuple[State, Metrics]:
         check_owned(state)
+        spare.clear()
         if state.position.ndim:
             raise TreeError("this is the state of a population: step it with ft.population(step), or take a member out of it")
         key = random.fold_in(state.key, state.position) if "key" in grad.uses else None
         taken = grad.finished(state.params, batch, carry=state.carry, key=key)
-        carry, plain = state.carry if taken.carry is None else taken.carry, _plain(state)
+        old = tree.leaves(state)
+        carry, plain = state.carry if taken.carry is None else taken.carry, _plain(old)
         if plain:
+            # The gradients' memory is let go of when the next step begins, as zero_grad does. Given back at the end of
+            # this one, the heap shrinks, and 1000 page faults a step cost up to 5 % (1.9 M parameters).
+            spare.append(taken.grads)
+        if plain and carry is not None:
             # A loss may hand its params on as carry: they are about to change, in this step or a donating one.
             flat, spec = tree.flatten(carry)
             carry = tree.unflatten(spec, apart(flat, tree.leaves(state.params)))
         if fused is not None and plain:
             with torch.no_grad():
-                old = state.params, state.opt
-                buffers = old if donate else tree.map(torch.clone, old)
+                buffers = (state.params, state.opt) if donate else tree.map(torch.clone, (state.params, state.opt))
                 params, opt = fused(taken.grads, buffers[1], buffers[0])
         else:
             updates, opt = optimizer.update(taken.grads, state.opt, state.params)
@@ -127,7 +133,7 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         new = State(params, opt, carry, state.key, state.position + 1)
         if not donate or not plain:
             return new, metrics
-        return taken_over(state, new, (state.key, state.carry, getattr(state.opt, "hyper", None))), metrics
+        return taken_over(old, new, (state.key, state.carry, getattr(state.opt, "hyper", None))), metrics
 
     def stage() -> Stage:
         kernel = "tensor arithmetic"
@@ -151,11 +157,11 @@ def _copied(leaf: Any) -> Tensor:
     return leaf.detach().clone()
 
 
-def _plain(state: State) -> bool:
+def _plain(leaves: list[Tensor]) -> bool:
     # Inside a transform or a trace the update has to be plain arithmetic; so it has where a gradient is to flow through.
     if inside_transform() or inside_tracing():
         return False
-    return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.leaves(state)))
+    return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves))
 
 
 def _scheduled(optimizer: Any, state: Any) -> Metrics:
@@ -177,8 +183,8 @@ def moved(leaf: Tensor) -> Tensor:
     return mine
 
 
-def taken_over(old: Tree, new: Tree, kept: Tree) -> Tree:
-    """`new`, with the buffers that it shares with `old` moved over, and the rest of `old` emptied.
+def taken_over(old: list[Tensor], new: Tree, kept: Tree) -> Tree:
+    """`new`, with the buffers that it shares with the leaves `old` moved over, and the rest of `old` emptied.
 
     An old state can then never be mistaken for a whole one. What of `kept` is handed through as it was (a key,
     a hyperparameter) stays: states from before the old one may share it.
@@ -186,7 +192,7 @@ def taken_over(old: Tree, new: Tree, kept: Tree) -> Tree:
     flat, spec = tree.flatten(new)
     shared = {id(leaf) for leaf in flat}
     handed = {id(leaf) for leaf in tree.leaves(kept)} & shared
-    mine = {id(leaf): moved(leaf) for leaf in tree.leaves(old) if id(leaf) not in handed}
+    mine = {id(leaf): moved(leaf) for leaf in old if id(leaf) not in handed}
     return tree.unflatten(spec, [mine.get(id(leaf), leaf) for leaf in flat])
 
 

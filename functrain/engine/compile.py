@@ -116,7 +116,7 @@ class _NoCompilerError(Exception):
 
 def _eager(step: Step, state: Any, batch: Tree, donate: bool) -> tuple[Any, Metrics]:
     new, metrics = step.update(state, batch)
-    return (taken_over(state, new, state) if donate and not step.donates else new), metrics
+    return (taken_over(tree.leaves(state), new, state) if donate and not step.donates else new), metrics
 
 
 class _Graph:
