@@ -182,3 +182,22 @@ def test_disturbed_at_random_moments_the_digits_run_ends_with_the_same_bits(tmp_
     assert all(torch.equal(found[name], expected[name]) for name in expected), f"seed of the moments: {seed}"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, 9))
+
+
+def test_a_run_is_resumed_in_the_folder_that_it_began_in(tmp_path: Path) -> None:
+    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
+    begun.mkdir()
+    elsewhere.mkdir()
+    assert functrain("train", DIGITS, "--run", "run", *QUICK, "--epochs", "1", cwd=begun).returncode == 0
+    done = functrain("resume", begun / "run", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert "test/accuracy" in done.stdout
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_reader_that_goes_away_is_no_error_to_tell(room: Path) -> None:
+    command = f"{sys.executable} -m functrain.cli explain line.py | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=room, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "experiment\n"
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

@@ -95,7 +95,6 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
     as_gradient(grad)
     if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
         raise ArgumentError(f"expected an optimizer, got {explain(optimizer).title}: for instance ft.optim.adamw(1e-3)")
-    fused = getattr(optimizer, "fused", None)
     spare: list[Tree] = []
 
     def init(params: Tree, *, carry: Tree = None, seed: int | Tensor = 0) -> State:
@@ -118,17 +117,8 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
             # The gradients' memory is let go of when the next step begins, as zero_grad does. Given back at the end of
             # this one, the heap shrinks, and 1000 page faults a step cost up to 5 % (1.9 M parameters).
             spare.append(taken.grads)
-        if plain and carry is not None:
-            # A loss may hand its params on as carry: they are about to change, in this step or a donating one.
-            flat, spec = tree.flatten(carry)
-            carry = tree.unflatten(spec, apart(flat, tree.leaves(state.params)))
-        if fused is not None and plain:
-            with torch.no_grad():
-                buffers = (state.params, state.opt) if donate else tree.map(torch.clone, (state.params, state.opt))
-                params, opt = fused(taken.grads, buffers[1], buffers[0])
-        else:
-            updates, opt = optimizer.update(taken.grads, state.opt, state.params)
-            params = apply_updates(state.params, updates)
+            carry = _apart_from(state.params, carry)
+        params, opt = _updated(optimizer, taken.grads, state, in_place=donate, plain=plain)
         metrics = {"loss": taken.loss, "weight": taken.weight, **_scheduled(optimizer, state.opt), **measures(taken.aux)}
         new = State(params, opt, carry, state.key, state.position + 1)
         if not donate or not plain:
@@ -137,12 +127,32 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
 
     def stage() -> Stage:
         kernel = "tensor arithmetic"
-        if fused is not None:
+        if getattr(optimizer, "fused", None) is not None:
             kernel = f"torch's fused kernel ({kernel} inside a transform or compiler)"
         facts = {"state": "donated: updated in place" if donate else "pure: a new state each step", "update": kernel}
         return Stage("step", facts, [explain(grad), explain(optimizer)])
 
     return Step(init, update, stage, donate, grad)
+
+
+def _apart_from(params: Tree, carry: Tree) -> Tree:
+    # A loss may hand its params on as carry: they are about to change, in this step or a donating one.
+    if carry is None:
+        return None
+    flat, spec = tree.flatten(carry)
+    return tree.unflatten(spec, apart(flat, tree.leaves(params)))
+
+
+def _updated(optimizer: Any, grads: Tree, state: State, in_place: bool, plain: bool) -> tuple[Tree, Any]:
+    """The params and optimizer state after an update, by the optimizer's fused kernel where there is one and it may run."""
+    fused = getattr(optimizer, "fused", None)
+    if fused is None or not plain:
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        return apply_updates(state.params, updates), opt
+    with torch.no_grad():
+        params, opt = (state.params, state.opt) if in_place else tree.map(torch.clone, (state.params, state.opt))
+        updated: tuple[Tree, Any] = fused(grads, opt, params)
+        return updated
 
 
 def _key(seed: Tensor) -> Tensor:

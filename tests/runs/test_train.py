@@ -303,3 +303,10 @@ def without_seconds(rows: list[dict]) -> list[dict]:
 def assert_same_state(one: ft.State, other: ft.State) -> None:
     for left, right in zip(ft.tree.leaves(one), ft.tree.leaves(other), strict=True):
         assert torch.equal(left, right)
+
+
+def test_a_score_that_evaluate_does_not_give_is_an_error(tmp_path: Path) -> None:
+    made = linear()
+    wrong = ft.Experiment(made.step, made.params, made.train, 1, made.evaluate, score="test/accuracy")
+    with pytest.raises(ft.ArgumentError, match=r"score is 'test/accuracy', and evaluate gives 'test/loss'"):
+        ft.train(wrong, new_run(tmp_path / "run"))
