@@ -165,7 +165,7 @@ class _Graph:
     def knows(self, spec: Any, given: list[Any]) -> bool:
         """Whether the state is the one that this graph gave back last, and the batch one of its kind.
 
-        The kinds of all leaves need not be looked at then, which costs 20 µs where the whole step takes 250.
+        The kinds of all leaves need not be looked at then: that was 30 of the 294 µs of a small step.
         """
         if not self.mine or spec != self.given_spec:
             return False
