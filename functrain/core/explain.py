@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import optree
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -40,10 +42,48 @@ class Explainable(Protocol):
         ...
 
 
-def explain(program: Any) -> Stage:
+class TimesParams(str):
+    """A memory figure as a multiple of what the params take: text that `explain` turns into bytes when it knows them."""
+
+    times: float
+
+
+def times_params(times: float, note: str = "") -> TimesParams:
+    """`times` as many bytes as the params take.
+
+    >>> times_params(3, "at most")
+    '3 × params, at most'
+    """
+    text = TimesParams(f"{times:g} × params{', ' + note if note else ''}")
+    text.times = times
+    return text
+
+
+def _in_bytes(stage: Stage, size: int) -> Stage:
+    facts = {
+        name: f"{text} ({readable(int(text.times * size))})" if isinstance(text, TimesParams) else text
+        for name, text in stage.facts.items()
+    }
+    return Stage(stage.title, facts, [_in_bytes(inner, size) for inner in stage.inner])
+
+
+def readable(size: int) -> str:
+    """A number of bytes in the unit that suits it.
+
+    >>> readable(512), readable(3 * 2**20)
+    ('512 B', '3.0 MiB')
+    """
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >= 1 << power:
+            return f"{size / (1 << power):.1f} {unit}"
+    return f"{size} B"
+
+
+def explain(program: Any, params: Any = None) -> Stage:
     """What `program` (a source, gradient, step or combinator of them) will run, where, and why that plan.
 
-    Returns a `Stage`, which prints as a tree. A plain function is shown by its name.
+    Returns a `Stage`, which prints as a tree. A plain function is shown by its name. With `params` (or a state that has
+    them) memory is told in bytes too.
 
     >>> print(explain(Stage("step", {"state": "donated"}, [Stage("grad", {"plan": "fused"})])))
     step
@@ -51,6 +91,9 @@ def explain(program: Any) -> Stage:
     └─ grad
            plan: fused
     """
+    if params is not None:
+        leaves = optree.tree_leaves(getattr(params, "params", params))
+        return _in_bytes(explain(program), sum(leaf.nbytes for leaf in leaves))
     if isinstance(program, Stage):
         return program
     if isinstance(program, Explainable):

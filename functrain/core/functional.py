@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Apply:
       keeps the mode that it had. Nothing is switched in place.
     - `key` serves every `nn.Dropout` in the module: shape `(N,)`, one for each example, or 0-d for all.
 
-    Each thread has its own copy of the module, without memory (on the meta device): `functional_call` on one shared
+    Each call has a copy of the module to itself, without memory (on the meta device): `functional_call` on one shared
     module races silently (gradients of other threads' parameters), and this does not.
     """
 
@@ -74,7 +74,12 @@ class Apply:
     def __call__(
         self, params: dict[str, Tensor], *inputs: Any, carry: Tree = None, key: Tensor | None = None, **keywords: Any
     ) -> Any:
-        skeleton = self._skeletons.here(self._training)
+        with self._skeletons.lent(self._training) as skeleton:
+            return self._run(skeleton, params, inputs, carry, key, keywords)
+
+    def _run(
+        self, skeleton: _Skeleton, params: dict[str, Tensor], inputs: Any, carry: Tree, key: Tensor | None, keywords: Any
+    ) -> Any:
         if carry is None and skeleton.updates:
             raise LossError(
                 f"the module updates its buffers when training ({', '.join(quoted(skeleton.updates[:2]))} …): declare "
@@ -122,24 +127,37 @@ class _KeyedDropout(nn.Module):
 
 
 class _Skeletons:
-    """One memory-less copy of a module for each thread and mode."""
+    """Memory-less copies of a module, in each mode as many as were ever in use at once.
+
+    A call borrows one and gives it back, so that no two calls share one: not two threads, and not a call inside a call.
+    Threads that live for one step (`parallel`) find those of the step before: a copy of a small network takes a millisecond.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.name = type(module).__name__
         self._template = _serve_dropout(_without_memory(module))
         self._placeholders = [*self._template.parameters(), *self._template.buffers()]
-        self._local = threading.local()
+        self._free: dict[bool | None, list[_Skeleton]] = {None: [], True: [], False: []}
 
-    def here(self, training: bool | None) -> _Skeleton:
-        known: dict[bool | None, _Skeleton] | None = getattr(self._local, "known", None)
-        if known is None:
-            known = self._local.known = {}
-        if training not in known:
-            # Only the modules are copied: the placeholders without memory are shared, since nothing writes to them,
-            # and copying a tensor would show up in a trace that surrounds this call.
-            module = copy.deepcopy(self._template, {id(leaf): leaf for leaf in self._placeholders})
-            known[training] = _Skeleton(module if training is None else module.train(training))
-        return known[training]
+    @contextmanager
+    def lent(self, training: bool | None) -> Iterator[_Skeleton]:
+        """A copy in this mode that nobody else uses within the block."""
+        free = self._free[training]
+        try:
+            # Two threads cannot take the same one: popping from a list is atomic.
+            skeleton = free.pop()
+        except IndexError:
+            skeleton = self._copy(training)
+        try:
+            yield skeleton
+        finally:
+            free.append(skeleton)
+
+    def _copy(self, training: bool | None) -> _Skeleton:
+        # Only the modules are copied: the placeholders without memory are shared, since nothing writes to them,
+        # and copying a tensor would show up in a trace that surrounds this call.
+        module = copy.deepcopy(self._template, {id(leaf): leaf for leaf in self._placeholders})
+        return _Skeleton(module if training is None else module.train(training))
 
 
 def _without_memory(module: nn.Module) -> nn.Module:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from functrain.core import loss as losses
 from functrain.core import random, reduce, tree
+from functrain.core.deferred import drawn
 from functrain.core.errors import ArgumentError, LossError, TreeError
-from functrain.core.explain import Stage, explain
-from functrain.core.reduce import Gradient, Reducer
+from functrain.core.explain import Stage, explain, times_params
+from functrain.core.reduce.base import Gradient, Reducer, checked_weight
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
@@ -49,6 +50,7 @@ class Grad:
         return self._take(params, batch, carry, key, finish=True)
 
     def _take(self, params: Tree, batch: Tree, carry: Tree, key: Tensor | None, finish: bool) -> Gradient:
+        batch = drawn(batch)
         batch_leaves = tree.leaves(batch)
         size = checked_size(batch, batch_leaves)
         losses.missing(self.uses, carry, key)
@@ -63,7 +65,7 @@ class Grad:
         def objective(leaves: tuple[Tensor, ...]) -> tuple[Tensor, losses.Totals]:
             totals = losses.total(self.loss, self.uses, tree.unflatten(spec, leaves), batch, size, carry, keys)
             if finish:
-                reduce.checked_weight(totals.weight)
+                checked_weight(totals.weight)
                 return totals.loss / totals.weight.to(totals.loss.dtype), totals
             return totals.loss, totals
 
@@ -76,7 +78,11 @@ class Grad:
 
     def explain(self) -> Stage:
         """What the gradient is of, and what it is given."""
-        facts = {"returns": "an unfinished sum: Σ gradients, Σ loss, Σ weight"}
+        facts: dict[str, str] = {
+            "returns": "an unfinished sum: Σ gradients, Σ loss, Σ weight",
+            "backward passes": "1",
+            "memory for gradients": times_params(1),
+        }
         if self.uses:
             facts["declares"] = ", ".join(sorted(self.uses))
         if "carry" in self.uses:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from functrain.core import loss as losses
 from functrain.core import random, reduce, tree
+from functrain.core.deferred import drawn
 from functrain.core.errors import ArgumentError, LossError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.grad import Grad, as_gradient, checked_size, summed
 from functrain.core.loss import Losses
-from functrain.core.reduce import Gradient, Reducer
+from functrain.core.reduce.base import Gradient, Reducer
 from functrain.core.step import Metrics, Step
 from functrain.core.tree import Tree
 
@@ -145,6 +146,7 @@ class Tbptt:
         self.reduce: Reducer = grad.reduce if grad.reduce.linear else reduce.mean
 
     def __call__(self, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None) -> Gradient:
+        batch = drawn(batch)
         size = checked_size(batch)
         carry = _started(self.start, batch)
         keys = random.example_keys(key, size) if key is not None and "key" in self.uses else None
@@ -180,6 +182,7 @@ def _step(step: Step, window: int, start: Start) -> Step:
 
     def update(state: Any, batch: Tree) -> tuple[Any, Metrics]:
         key, position = state.key, state.position
+        batch = drawn(batch)
         outer, rows = state.carry, []
         state = state._replace(carry=_started(start, batch))
         for number, part in enumerate(windows(batch, window)):
@@ -192,7 +195,7 @@ def _step(step: Step, window: int, start: Start) -> Step:
 
     if step.donates:
         raise ArgumentError("tbptt cannot be made of a donating step: donate outside, ft.compiled(ft.tbptt(step, …))")
-    return Step(step.init, update, stage, grad=step.grad)
+    return Step(step.init, update, stage, grad=step.grad, remake=lambda grad: _step(step.remade(grad), window, start))
 
 
 def _mean(rows: list[Metrics]) -> Metrics:

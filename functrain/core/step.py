@@ -53,7 +53,8 @@ class Step:
     """Two functions: `init(params, carry=None, seed=0) -> state` and `update(state, batch) -> (state, metrics)`.
 
     A step is called like its `update`. Combinators take a step and return one. With `donates`, update takes
-    the state's buffers over, and the state that it was given is empty afterwards. `grad` is the gradient it takes.
+    the state's buffers over, and the state that it was given is empty afterwards. `grad` is the gradient it takes, and
+    `remade(grad)` the same step around another gradient.
     """
 
     init: Callable[..., Any]
@@ -61,6 +62,13 @@ class Step:
     stage: Callable[[], Stage]
     donates: bool = False
     grad: Any = None
+    remake: Callable[[Any], Step] | None = None
+
+    def remade(self, grad: Any) -> Step:
+        """The same step around another gradient; `ArgumentError` for a step that was not made of one."""
+        if self.remake is None:
+            raise ArgumentError(f"this step ({explain(self).title}) is not made of a gradient that could be replaced")
+        return self.remake(grad)
 
     def __call__(self, state: Any, batch: Tree) -> tuple[Any, Metrics]:
         return self.update(state, batch)
@@ -132,7 +140,7 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         facts = {"state": "donated: updated in place" if donate else "pure: a new state each step", "update": kernel}
         return Stage("step", facts, [explain(grad), explain(optimizer)])
 
-    return Step(init, update, stage, donate, grad)
+    return Step(init, update, stage, donate, grad, lambda other: step(other, optimizer, donate=donate))
 
 
 def _apart_from(params: Tree, carry: Tree) -> Tree:

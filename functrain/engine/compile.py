@@ -82,7 +82,7 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
         }
         return Stage("compiled", facts, [_in_graph(explain(step))])
 
-    return Step(step.init, update, stage, donate, step.grad)
+    return Step(step.init, update, stage, donate, step.grad, lambda grad: compiled(step.remade(grad), donate=donate))
 
 
 def _in_graph(stage: Stage) -> Stage:

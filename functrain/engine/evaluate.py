@@ -9,8 +9,10 @@ import torch
 
 from functrain.core import loss as losses
 from functrain.core import random, reduce, tree
+from functrain.core.deferred import drawn
 from functrain.core.errors import ArgumentError
 from functrain.core.grad import checked_size
+from functrain.core.reduce.base import checked_weight
 from functrain.core.tree import Tree
 from functrain.data.source import Source
 
@@ -38,6 +40,7 @@ def evaluate(loss: Callable[..., Any], params: Tree, source: Any, *, carry: Tree
     total = None
     with torch.no_grad():
         for position, batch in enumerate(source):
+            batch = drawn(batch)
             size = checked_size(batch)
             keys = random.example_keys(random.fold_in(key, position), size) if "key" in uses else None
             losses.missing(uses, carry, keys)
@@ -48,6 +51,6 @@ def evaluate(loss: Callable[..., Any], params: Tree, source: Any, *, carry: Tree
     if total is None:
         raise ArgumentError("the source has no batches to evaluate on")
     loss_sum, weight, aux = total
-    reduce.checked_weight(weight)
+    checked_weight(weight)
     means = {"loss": loss_sum, **losses.measures(aux)}
     return {name: (value / weight).item() for name, value in means.items()}

@@ -106,4 +106,4 @@ def repeat(step: Step, steps: int) -> Step:
     def stage() -> Stage:
         return Stage(f"repeat, {steps} steps in one", {}, [explain(step)])
 
-    return Step(step.init, update, stage, step.donates, step.grad)
+    return Step(step.init, update, stage, step.donates, step.grad, lambda grad: repeat(step.remade(grad), steps))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -41,11 +42,12 @@ def intra_op_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_all(function: Callable[[Item], Result], items: Sequence[Item], workers: int, intra_op: int) -> list[Result]:
-    """`[function(item) for item in items]` on `workers` threads, each with `intra_op` threads inside an operation.
+def run_in_order(function: Callable[[Item], Result], items: Sequence[Item], workers: int, intra_op: int) -> Iterator[Result]:
+    """`function(item)` for each item, in order, on `workers` threads with `intra_op` threads inside an operation each.
 
-    Grad mode and autocast are the caller's. The first error stops the items that have not begun, and is raised once
-    all threads have ended.
+    At most `workers + 1` results are computed and not yet taken, however many items there are. Grad mode and autocast are
+    the caller's. An error stops the items that have not begun and is raised in the caller, with its own traceback, once
+    every thread has ended; so do they all when the iterator is closed.
     """
     grad_mode = torch.is_grad_enabled()
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
@@ -59,12 +61,15 @@ def run_all(function: Callable[[Item], Result], items: Sequence[Item], workers: 
         ):
             return function(item)
 
+    ahead: deque[Future[Result]] = deque()
     with intra_op_threads(torch.get_num_threads()), ThreadPoolExecutor(workers, "functrain-part") as pool:
-        futures = [pool.submit(work, item) for item in items]
-        done, rest = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in rest:
-            future.cancel()
-        failed = [future for future in futures if future in done and not future.cancelled() and future.exception()]
-        if failed:
-            failed[0].result()
-        return [future.result() for future in futures]
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
