@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ class Config:
     """Sub-batches whose gradients are reduced up one tree."""
     exact: bool = False
     """The same bits for every number of workers, at the price of a fused backward pass."""
+    how: Literal["auto", "fused", "vmap", "threads", "loop"] = "auto"
+    """The plan for the parts; a compiled step loops where threads are asked for."""
+    workers: int | None = None
+    """Threads for the plan `threads`; as many as there are processors when not given."""
     rate: float = 3e-3
     """Peak learning rate of the cosine schedule."""
     dropout: float = 0.2
@@ -95,7 +100,8 @@ def experiment(config: Config) -> ft.Experiment:
     train = ft.hdf5(file, "train").shuffle(seed=config.seed).batch(config.batch, drop_last=True)
     test = ft.hdf5(file, "test").batch(360)
 
-    grad = ft.parallel(ft.grad(loss), parts=config.parts, reduce=ft.reduce.mean, exact=config.exact)
+    plan = {"how": config.how, "workers": config.workers, "exact": config.exact}
+    grad = ft.parallel(ft.grad(loss), parts=config.parts, reduce=ft.reduce.mean, **plan)
     schedule = ft.optim.cosine(config.rate, max(1, config.epochs * len(train)))
     step = ft.step(grad, ft.optim.adamw(schedule))
     if config.compiled:

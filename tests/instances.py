@@ -13,7 +13,12 @@ import functrain as ft
 from functrain.core.optim import Optimizer
 
 PLANS = ("fused", "vmap", "threads", "loop")
-REDUCERS = {"mean": ft.reduce.mean, "sum": ft.reduce.sum}
+REDUCERS = {
+    "mean": ft.reduce.mean,
+    "sum": ft.reduce.sum,
+}
+# The fewest parts that a reducer can tell anything from; 1 for the others.
+LEAST_PARTS: dict[str, int] = {}
 SCHEDULES: dict[str, Callable[[float], Any]] = {
     "constant": ft.optim.constant,
     "cosine": lambda rate: ft.optim.cosine(rate, 30, end=rate / 10),

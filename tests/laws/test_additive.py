@@ -29,7 +29,11 @@ LOSSES = {"weights and aux": net_loss, "plain (N, 2)": plain_loss, "keyed": keye
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
 
-@pytest.mark.parametrize("reducer", REDUCERS.values(), ids=list(REDUCERS))
+LINEAR = {name: reducer for name, reducer in REDUCERS.items() if reducer.linear}
+OF_EXAMPLES = {name: reducer for name, reducer in REDUCERS.items() if reducer.scale is not None}
+
+
+@pytest.mark.parametrize("reducer", LINEAR.values(), ids=list(LINEAR))
 @pytest.mark.parametrize("name", LOSSES)
 @given(size=st.integers(1, 13), parts=st.integers(1, 9), how=st.sampled_from(PLANS), dtype=DTYPES, seed=st.integers(0, 9))
 def test_parts_add_up_to_the_whole(name, reducer, size, parts, how, dtype, seed):
@@ -40,6 +44,23 @@ def test_parts_add_up_to_the_whole(name, reducer, size, parts, how, dtype, seed)
     equal("unfinished", parallel(params, batch, key=key), whole(params, batch, key=key))
     expected = reducer.finish(whole(params, batch, key=key))
     equal("finished", parallel.finished(params, batch, key=key), expected)
+
+
+@pytest.mark.parametrize("reducer", OF_EXAMPLES.values(), ids=list(OF_EXAMPLES))
+@pytest.mark.parametrize("name", LOSSES)
+@settings(max_examples=12)
+@given(size=st.integers(1, 9), parts=st.integers(1, 9), how=st.sampled_from(PLANS), seed=st.integers(0, 9))
+def test_parts_add_up_where_the_sum_is_over_examples(name, reducer, size, parts, how, seed):
+    params, batch, key = net_params(seed, torch.float64), net_batch(size, seed, torch.float64), ft.random.key(seed)
+    keys = ft.random.split(key, size) if name == "keyed" else None
+    whole = ft.grad(LOSSES[name])
+    ones = [
+        reducer.lift(whole(params, one, key=None if keys is None else keys[place : place + 1]))
+        for place, one in enumerate(ft.tree.divide(batch, size))
+    ]
+    expected = reducer.finished(ft.tree_reduce(reducer.merge, ones), key)
+    parallel = ft.parallel(whole, parts, reducer, how=how, workers=2, budget=2000)
+    equal("example by example", parallel.finished(params, batch, key=key), expected)
 
 
 @given(size=st.integers(1, 9), seed=st.integers(0, 9))

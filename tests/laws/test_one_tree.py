@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from instances import REDUCERS, convolutional, images, net_batch, net_loss, net_params
+from instances import LEAST_PARTS, REDUCERS, convolutional, images, net_batch, net_loss, net_params
 
 import functrain as ft
 from functrain.core.tree import depth
@@ -58,9 +58,9 @@ def test_parts_are_contiguous_in_order_and_of_nearly_one_size(size, parts):
     same_bits("concat undoes divide", ft.tree.concat(cut), batch)
 
 
-@pytest.mark.parametrize("reducer", REDUCERS.values(), ids=list(REDUCERS))
-@pytest.mark.parametrize("parts", [1, 5, 8])
-def test_exact_bits_do_not_depend_on_workers(parts, reducer):
+@pytest.mark.parametrize(("name", "parts"), [(name, parts) for name in REDUCERS for parts in (LEAST_PARTS.get(name, 1), 8)])
+def test_exact_bits_do_not_depend_on_workers(name, parts):
+    reducer = REDUCERS[name]
     torch.set_num_threads(2)
     params, loss = convolutional()
     batch, key = images(21), ft.random.key(5)
@@ -71,7 +71,7 @@ def test_exact_bits_do_not_depend_on_workers(parts, reducer):
     ]
     for plan, result in zip(plans, results):
         same_bits(f"{plan}", result, results[0])
-    equal("fused", ft.parallel(ft.grad(loss), parts, reducer).finished(params, batch, key=key), results[0])
+    equal("not exact", ft.parallel(ft.grad(loss), parts, reducer).finished(params, batch, key=key), results[0])
 
 
 def test_exact_steps_do_not_depend_on_workers():
