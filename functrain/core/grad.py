@@ -125,16 +125,20 @@ _IN_PLACE = "the loss changes its params in place: a loss is a pure function, so
 Objective = Callable[[tuple[Tensor, ...]], tuple[Tensor, losses.Totals]]
 
 
+def _called(objective: Objective, leaves: tuple[Tensor, ...]) -> tuple[Tensor, losses.Totals]:
+    try:
+        return objective(leaves)
+    except RuntimeError as error:
+        if "leaf Variable" not in str(error):
+            raise
+        raise LossError(_IN_PLACE) from error
+
+
 def _by_autograd(objective: Objective, flat: tuple[Tensor, ...]) -> tuple[list[Tensor], losses.Totals]:
     with torch.enable_grad():
         leaves = tuple(leaf.detach().requires_grad_() for leaf in flat)
         versions = [leaf._version for leaf in leaves]
-        try:
-            value, totals = objective(leaves)
-        except RuntimeError as error:
-            if "leaf Variable" not in str(error):
-                raise
-            raise LossError(_IN_PLACE) from error
+        value, totals = _called(objective, leaves)
         if versions != [leaf._version for leaf in leaves]:
             raise LossError(_IN_PLACE)
         if not value.requires_grad:
@@ -151,7 +155,7 @@ def _by_transform(objective: Objective, flat: tuple[Tensor, ...]) -> tuple[list[
 
     def flattened(leaves: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         nonlocal spec
-        value, totals = objective(leaves)
+        value, totals = _called(objective, leaves)
         rest, spec = tree.flatten(totals)
         return value, tuple(rest)
 
