@@ -9,7 +9,7 @@ from pathlib import Path
 from bench import report
 from bench.race import Result
 
-BENCHES = ("step", "parallel", "prefetch", "start")
+BENCHES = ("step", "parallel", "reduce", "private", "robust", "prefetch", "start")
 
 
 def main() -> None:

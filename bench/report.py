@@ -50,7 +50,20 @@ def _text(rows: Sequence[Result], notes: str) -> str:
         spread = f"{row.low:.3f} to {row.high:.3f}"
         cells = (row.bench, row.work, row.peer, f"{row.ratio:.3f}", spread, goal, row.met, f"{row.ours_us:,.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "![ratios](results.png)", "", notes.strip(), ""])
+    return "\n".join([*lines, "", "![ratios](results.png)", "", *_robustness(), notes.strip(), ""])
+
+
+def _robustness() -> list[str]:
+    """The table of bench `robust`: a row a reducer, a column an attack."""
+    path = HERE / "robust.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    attacks = list(next(iter(found["accuracy"].values())))
+    lines = ["## Robustness", "", found["setting"], "", f"| reducer | {' | '.join(attacks)} |", "|---|" + "---|" * len(attacks)]
+    for reducer, row in found["accuracy"].items():
+        lines.append(f"| {reducer} | {' | '.join(f'{row[attack]:.3f}' for attack in attacks)} |")
+    return [*lines, ""]
 
 
 def _machine() -> str:

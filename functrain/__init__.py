@@ -1,7 +1,8 @@
 """functrain: training as a composition of pure functions."""
 
 from functrain import testing
-from functrain.core import optim, random, reduce, tree
+from functrain.core import optim, privacy, random, reduce, tree
+from functrain.core.deferred import Deferred
 from functrain.core.errors import (
     ArgumentError,
     ConfigError,
@@ -10,28 +11,34 @@ from functrain.core.errors import (
     FunctrainError,
     LossError,
     MissingExtraError,
+    NonFiniteError,
     PositionError,
     RunError,
     TreeError,
 )
+from functrain.core.examples import example_grads
 from functrain.core.explain import Stage, explain
 from functrain.core.functional import Apply, functional, states
 from functrain.core.grad import grad
+from functrain.core.guard import guard
+from functrain.core.health import Health, health, monitor
 from functrain.core.loss import Losses
 from functrain.core.optim.base import hyper, with_hyper
 from functrain.core.reduce import Gradient, Reducer
+from functrain.core.remat import remat
 from functrain.core.sequence import seqloss, tbptt, windows
 from functrain.core.step import State, Step, step
 from functrain.core.tree import named as named_params
 from functrain.core.tree import tree_reduce, weights
-from functrain.data import Source, arrays, h5concat, h5write, hdf5, prefetch, readmmap
+from functrain.data import Source, arrays, h5concat, h5write, hdf5, prefetch, readmmap, sampled
 from functrain.engine.compile import compiled
 from functrain.engine.evaluate import evaluate
 from functrain.engine.experiment import Experiment
 from functrain.engine.fold import fold, repeat
 from functrain.engine.parallel import accumulate, parallel
 from functrain.engine.population import population
-from functrain.runs import Checkpoints, Run, load_tree, save_tree, train
+from functrain.engine.tune import tune
+from functrain.runs import Best, Checkpoints, History, Run, load_tree, save_tree, train
 from functrain.search import Grid, Scored, grid, grid_search, nested
 
 __version__ = "0.1.0"
@@ -39,17 +46,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Apply",
     "ArgumentError",
+    "Best",
     "Checkpoints",
     "ConfigError",
     "DataError",
+    "Deferred",
     "DonatedError",
     "Experiment",
     "FunctrainError",
     "Gradient",
     "Grid",
+    "Health",
+    "History",
     "LossError",
     "Losses",
     "MissingExtraError",
+    "NonFiniteError",
     "PositionError",
     "Reducer",
     "Run",
@@ -64,27 +76,34 @@ __all__ = [
     "arrays",
     "compiled",
     "evaluate",
+    "example_grads",
     "explain",
     "fold",
     "functional",
     "grad",
     "grid",
     "grid_search",
+    "guard",
     "h5concat",
     "h5write",
     "hdf5",
+    "health",
     "hyper",
     "load_tree",
+    "monitor",
     "named_params",
     "nested",
     "optim",
     "parallel",
     "population",
     "prefetch",
+    "privacy",
     "random",
     "readmmap",
     "reduce",
+    "remat",
     "repeat",
+    "sampled",
     "save_tree",
     "seqloss",
     "states",
@@ -94,6 +113,7 @@ __all__ = [
     "train",
     "tree",
     "tree_reduce",
+    "tune",
     "weights",
     "windows",
     "with_hyper",

@@ -16,6 +16,15 @@ PLANS = ("fused", "vmap", "threads", "loop")
 REDUCERS = {
     "mean": ft.reduce.mean,
     "sum": ft.reduce.sum,
+    "and_mask(0.5)": ft.reduce.and_mask(0.5),
+    "sign_vote": ft.reduce.sign_vote,
+    "pcgrad": ft.reduce.pcgrad,
+    "adasum": ft.reduce.adasum,
+    "clip_per_example(1)": ft.reduce.clip_per_example(1.0),
+    "private(1, 0.5)": ft.reduce.private(1.0, 0.5),
+    "private(2, 1, size=10)": ft.reduce.private(2.0, 1.0, size=10),
+    "with_noise_scale(mean)": ft.reduce.with_noise_scale(ft.reduce.mean),
+    "with_noise_scale(pcgrad)": ft.reduce.with_noise_scale(ft.reduce.pcgrad),
 }
 # The fewest parts that a reducer can tell anything from; 1 for the others.
 LEAST_PARTS: dict[str, int] = {}

@@ -44,12 +44,21 @@ def test_readmes_program_runs_as_it_stands(tmp_path: Path) -> None:
     assert "compiled" in done.stdout.splitlines()[0]
 
 
-def test_readmes_loss_with_everything_and_own_reducer_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
-    everything, reducer = (block for block in python_blocks() if "BatchNorm1d" in block or "def larger" in block)
+def test_readmes_blocks_on_losses_reducers_and_health_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ("BatchNorm1d", "reduce.median", "def larger", "ft.guard")
+    everything, reducers, own, health = (block for block in python_blocks() if any(part in block for part in parts))
     names: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "ft": ft}
-    exec(everything + reducer, names)
+    exec(everything, names)
     assert "'accuracy'" in capsys.readouterr().out
     assert int(names["state"].position) == 20
+    exec(reducers + own, names)
+    for grad in ("robust", "agreed", "watched"):
+        step = ft.step(names[grad], ft.optim.adamw(1e-3))
+        _, metrics = step(step.init(names["params"], carry=names["apply"].buffers), names["train"].batch(64)(0))
+        assert ("noise_scale" in metrics) == (grad == "watched")
+    exec(health, names)
+    assert names["best"].value == max(row["accuracy"] for row in names["history"].rows)
+    assert len(names["history"].rows) == 4
 
 
 def test_readmes_program_file_trains(tmp_path: Path) -> None:

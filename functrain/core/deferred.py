@@ -16,7 +16,10 @@ class Deferred:
 
     Gradients take it in place of a batch. `parallel` lets each worker draw the part whose gradient it takes (`ttrain!`);
     every other gradient draws it whole. `draw` is a pure function: examples do not depend on where a batch is cut, so that
-    it makes no difference who prepares them.
+    it makes no difference who prepares them. Several threads may draw at once.
+
+    Raises `ArgumentError` for a size below 1 or a draw that is no function, and, when drawn, `TreeError` for another number of
+    examples than was asked for.
 
     >>> import torch
     >>> batch = Deferred(5, lambda start, stop: torch.arange(start, stop))
@@ -27,6 +30,10 @@ class Deferred:
     def __init__(self, size: int, draw: Callable[[int, int], Tree]) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ArgumentError(f"a batch has a size of at least 1, got {size!r}")
+        if not callable(draw):
+            raise ArgumentError(
+                f"a deferred batch takes a function (start, stop) that draws examples, got {type(draw).__name__}"
+            )
         self.size, self._draw = size, draw
 
     def parts(self, parts: int) -> Sequence[Callable[[], Tree]]:
@@ -44,7 +51,9 @@ class Deferred:
         part = self._draw(start, stop)
         size = tree.batch_size(part)
         if size != stop - start:
-            raise TreeError(f"asked for the examples {start} to {stop} of a batch of {self.size}, draw gave {size}")
+            raise TreeError(
+                f"asked for the {stop - start} examples from {start} to {stop} of a batch of {self.size}, draw gave {size}"
+            )
         return part
 
     def __repr__(self) -> str:

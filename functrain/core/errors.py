@@ -39,6 +39,10 @@ class RunError(FunctrainError):
     """A run directory or checkpoint cannot be used as asked."""
 
 
+class NonFiniteError(FunctrainError, ArithmeticError):
+    """A step of training gave NaN or infinities."""
+
+
 class DonatedError(FunctrainError, RuntimeError):
     """A state was used after a donating step had taken over its buffers."""
 

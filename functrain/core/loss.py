@@ -115,10 +115,10 @@ def normalised(output: Any, carries: bool) -> Losses:
 
 
 def measures(aux: Tree) -> dict[str, Any]:
-    """The leaves of `aux` by name: `aux.loss` and `aux.weight` where the plain name is taken, `aux` for a bare tensor."""
+    """The leaves of `aux` by name: `aux.loss` and the like where a step uses the plain name, `aux` for a bare tensor."""
     if aux is None:
         return {}
-    taken = ("loss", "weight")
+    taken = ("loss", "weight", "skipped")
     return {f"aux.{name}" if name in taken else name or "aux": leaf for name, leaf in tree.named(aux).items()}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from functrain.core.errors import ArgumentError
-from functrain.core.transforms import computed_once
+from functrain.core.transforms import computed_once, inside_tracing, inside_transform
 
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
@@ -82,11 +82,14 @@ def example_keys(key: Tensor, size: int) -> Tensor:
 
 def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """64 random bits an element, as int64: shape `(*key.shape, *shape)`."""
+    counter = torch.arange(math.prod(shape), device=key.device).reshape(tuple(shape))
+    return _hashed(key.reshape((*key.shape, *(1 for _ in shape))), counter)
+
+
+def _hashed(key: Tensor, counter: Tensor) -> Tensor:
     # That the counter is xor-ed into a key matters: torch 2.13's CPU compiler writes out of bounds when an
     # arange is multiplied by a large constant directly.
-    base = (key ^ _NUMBERS).reshape((*key.shape, *(1 for _ in shape)))
-    counter = torch.arange(math.prod(shape), device=key.device).reshape(tuple(shape))
-    return _mix(base ^ counter)
+    return _mix((key ^ _NUMBERS) ^ counter)
 
 
 def uniform(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,14 +107,41 @@ def uniform(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.f
 def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers: shape `(*key.shape, *shape)`, by Box and Muller's transform of two halves of 64 bits.
 
+    A pair of numbers comes of each hash: √(−2 log u) cos 2πv is in the first half of the elements, √(−2 log u) sin 2πv in
+    the second. None is larger than 6.8, beyond which 1 in 10¹¹ should lie. Half precision is rounded from float32.
+
     >>> bool((normal(key(0), (1000,)).std() - 1).abs() < 0.1)
     True
     """
-    drawn = bits(key, shape)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    radius = (_shift(drawn, 32).to(exact) + 0.5) * 2.0**-32
-    angle = (drawn & 0xFFFFFFFF).to(exact) * 2.0**-32
-    return (torch.sqrt(-2.0 * torch.log(radius)) * torch.cos(2.0 * math.pi * angle)).to(dtype)
+    count = math.prod(shape)
+    half = (count + 1) // 2
+    if key.ndim == 0 and half > _BLOCK and not inside_transform() and not inside_tracing():
+        drawn = _in_blocks(key, half, exact)
+    else:
+        drawn = torch.cat(_pairs(key, 0, half, exact), -1)
+    return drawn[..., :count].reshape((*key.shape, *shape)).to(dtype)
+
+
+# Pairs at a time: what lies between the hash and the numbers stays in the cache (1.9 M numbers: 15 ms, at once 25 ms).
+_BLOCK = 1 << 16
+
+
+def _in_blocks(key: Tensor, half: int, dtype: torch.dtype) -> Tensor:
+    drawn = torch.empty(2, half, dtype=dtype, device=key.device)
+    for start in range(0, half, _BLOCK):
+        stop = min(start + _BLOCK, half)
+        for row, numbers in zip(drawn, _pairs(key, start, stop, dtype)):
+            row[start:stop] = numbers
+    return drawn.reshape(-1)
+
+
+def _pairs(key: Tensor, start: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two independent normal numbers of each counter in start … stop−1, each `(*key.shape, stop − start)`."""
+    hashed = _hashed(key.unsqueeze(-1), torch.arange(start, stop, device=key.device))
+    radius = torch.sqrt(-2.0 * torch.log((_shift(hashed, 32).to(dtype) + 0.5) * 2.0**-32))
+    angle = (hashed & 0xFFFFFFFF).to(dtype) * (2.0**-32 * 2.0 * math.pi)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def dropout(x: Tensor, p: float, key: Tensor, *, channels: bool = False) -> Tensor:

@@ -170,7 +170,8 @@ class Tbptt:
 
 
 def _check_lanes(grad: Any) -> None:
-    if grad is not None and not isinstance(grad, Grad) and not grad.lanes:
+    whole = grad is None or isinstance(grad, Grad) or getattr(grad, "whole", False)
+    if not whole and not grad.lanes:
         raise LossError(
             "tbptt's carry has a lane for each example, and the gradient inside cuts batches: say that it is to cut the carry "
             "too, ft.parallel(ft.grad(loss, lanes=True), …)"

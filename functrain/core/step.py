@@ -13,6 +13,7 @@ from functrain.core import random, tree
 from functrain.core.errors import ArgumentError, DonatedError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.grad import as_gradient
+from functrain.core.heap import settled
 from functrain.core.loss import measures
 from functrain.core.optim.base import Hyper, Optimizer, Schedule, apply_updates, resolve
 from functrain.core.transforms import inside_tracing, inside_transform
@@ -106,6 +107,7 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
     spare: list[Tree] = []
 
     def init(params: Tree, *, carry: Tree = None, seed: int | Tensor = 0) -> State:
+        settled()
         mine = tree.map(_copied, params)
         device = next((leaf.device for leaf in tree.leaves(mine)), torch.device("cpu"))
         key = (_key(seed) if isinstance(seed, Tensor) else random.key(seed)).to(device)

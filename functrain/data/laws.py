@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from functrain.core import tree
+from functrain.core.deferred import Deferred, drawn
 from functrain.core.errors import PositionError
 from functrain.core.tree import Tree
 from functrain.data.arrays import arrays
@@ -22,13 +23,17 @@ def check_source(source: Source) -> None:
     """Check law 5 on a source: an element is the same for ever, and order is arithmetic on positions.
 
     Looks at up to 48 positions of the source itself, and at all positions of what `shuffle`, `shard`, `split`,
-    `batch` and `repeat` make of it. Raises `AssertionError` that names the first law broken.
+    `batch` and `repeat` make of it. Of deferred batches it looks at what they draw, whole and in parts. Raises
+    `AssertionError` that names the first law broken.
 
     >>> check_source(arrays(torch.arange(10)).shuffle(seed=3).batch(4))
     """
     places = _places(source)
     _check_elements(source, places)
-    _check_take(source, places)
+    if source.deferring:
+        _check_cuts(source, places)
+    else:
+        _check_take(source, places)
     _check_epochs(source, places)
     if source.length:
         _check_order(source, places)
@@ -36,11 +41,12 @@ def check_source(source: Source) -> None:
 
 
 def same(first: Tree, second: Tree) -> bool:
-    """Whether two trees have the same structure, and leaves of the same shape, dtype and bits.
+    """Whether two trees have the same structure, and leaves of the same shape, dtype and bits; deferred ones are drawn.
 
     >>> same({"x": torch.tensor(float("nan"))}, {"x": torch.tensor(float("nan"))})
     True
     """
+    first, second = drawn(first), drawn(second)
     if not tree.same_structure(first, second):
         return False
     pairs = zip(tree.leaves(first), tree.leaves(second))
@@ -62,7 +68,9 @@ def _places(source: Source) -> list[int]:
 
 def _check_elements(source: Source, places: list[int]) -> None:
     for i in places:
-        element = source(i)
+        given = source(i)
+        assert isinstance(given, Deferred) == source.deferring, f"element {i} is {given!r}, and source.deferring says otherwise"
+        element = drawn(given)
         assert all(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(element)), f"element {i} is no tree of tensors"
         kept = tree.map(torch.clone, element)
         assert same(source(i), kept), f"element {i} differs from one call to the next"
@@ -75,6 +83,18 @@ def _check_elements(source: Source, places: list[int]) -> None:
         except PositionError:
             continue
         raise AssertionError(f"position {i} lies outside, and is no PositionError")
+
+
+def _check_cuts(source: Source, places: list[int]) -> None:
+    for epoch in (0, 1):
+        for i in places:
+            batch = source.get(i, epoch)
+            whole = batch.whole()
+            assert tree.batch_size(whole) == batch.size, f"batch {i} says that it holds {batch.size} examples"
+            for parts in (2, 3, 7):
+                # Last ones first: workers keep no order.
+                drawings = [draw() for draw in batch.parts(parts)[::-1]][::-1]
+                assert same(tree.concat(drawings), whole), f"batch {i} is another in {parts} parts, in epoch {epoch}"
 
 
 def _check_take(source: Source, places: list[int]) -> None:

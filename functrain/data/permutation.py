@@ -8,6 +8,7 @@ domains", 2002). The domain is less than twice n, so that takes less than two pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 _ROUNDS, _SMALL_ROUNDS, _SMALL_BITS = 12, 24, 8
 _BLOCK_BITS = 16
 _MASK = (1 << 64) - 1
+_ONE = np.uint64(1)
 _FIRST, _SECOND, _GOLDEN = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15
 
 
@@ -42,18 +44,45 @@ def permuted(positions: np.ndarray, length: int, seed: int, epoch: int | None) -
             here = blocks == number
             result[here] = _block(length, seed, epoch, number)[positions[here] - (number << _BLOCK_BITS)]
         return result
-    return _walk(positions.astype(np.uint64), length, _round_keys(length, seed, epoch))
+    return _scattered(positions, length, _round_keys(_rounds(length), *_key(seed, epoch)))
+
+
+def permuted_each(positions: np.ndarray, lengths: np.ndarray, seeds: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """`permuted` of every position by an order of its own: of `lengths`, `seeds` and `epochs`, all `(K,)` int64.
+
+    Nothing is remembered: a look at many orders costs no more than one at many places of one.
+
+    >>> zeros = np.zeros(2, dtype=np.int64)
+    >>> permuted_each(zeros, np.array([5, 6]), zeros, zeros).tolist() == [
+    ...     int(permuted(np.array([0]), length, seed=0, epoch=0)[0]) for length in (5, 6)
+    ... ]
+    True
+    """
+    result = np.empty_like(positions)
+    few = lengths <= 1 << _SMALL_BITS
+    for rounds, group in ((_SMALL_ROUNDS, few), (_ROUNDS, ~few)):
+        here = np.flatnonzero(group)
+        if here.size:
+            keys = _round_keys(rounds, seeds[here].astype(np.uint64), (epochs[here] + 1).astype(np.uint64))
+            result[here] = _each(positions[here], lengths[here].astype(np.uint64), keys)
+    return result
+
+
+def _each(positions: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    # Exact for lengths below 2⁵³.
+    bits = np.frexp((lengths - _ONE).astype(np.float64))[1]
+    return _walk(positions, lengths, lambda values, places: _feistel(values, bits[places], keys[:, places]))
 
 
 @lru_cache(maxsize=16)
 def _block(length: int, seed: int, epoch: int | None, number: int) -> np.ndarray:
     # 16 blocks of 512 KiB at most: every source in use keeps its own, at 0.05 µs a position.
-    keys = _round_keys(length, seed, epoch)
+    keys = _round_keys(_rounds(length), *_key(seed, epoch))
     if length <= 1 << _BLOCK_BITS:
-        result = _small(length, keys)
+        result = _small(length, keys[:, 0])
     else:
         start = number << _BLOCK_BITS
-        result = _walk(np.arange(start, min(start + (1 << _BLOCK_BITS), length), dtype=np.uint64), length, keys)
+        result = _scattered(np.arange(start, min(start + (1 << _BLOCK_BITS), length)), length, keys)
     result.setflags(write=False)
     return result
 
@@ -70,47 +99,60 @@ def _small(length: int, keys: np.ndarray) -> np.ndarray:
     return values
 
 
-def _walk(values: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+def _scattered(positions: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
     bits = (length - 1).bit_length()
-    values = _feistel(values, bits, keys)
-    beyond = np.flatnonzero(values >= length)
-    while beyond.size:
-        again = _feistel(values[beyond], bits, keys)
-        values[beyond] = again
-        beyond = beyond[again >= length]
+    return _walk(positions, length, lambda values, _: _feistel(values, bits, keys))
+
+
+def _walk(positions: np.ndarray, lengths: int | np.ndarray, once: Callable[..., np.ndarray]) -> np.ndarray:
+    """Each position sent through the network, `once(values, places)`, until it is back within its length."""
+    values = once(positions.astype(np.uint64), slice(None))
+    while (beyond := np.flatnonzero(values >= lengths)).size:
+        values[beyond] = once(values[beyond], beyond)
     return values.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    wide, narrow = bits - bits // 2, bits // 2
-    left, right = values >> np.uint64(wide), values & np.uint64((1 << wide) - 1)
+def _feistel(values: np.ndarray, bits: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
+    # `bits` is one width, or one for each value; then so are the keys of each round.
+    narrow = np.asarray(bits, dtype=np.uint64) >> _ONE
+    wide = np.asarray(bits, dtype=np.uint64) - narrow
+    left, right = values >> wide, values & ((_ONE << wide) - _ONE)
     for key in keys:
-        # `narrow` is the width of the left half, which this round replaces; a shift by all 64 bits is undefined.
-        if narrow:
-            left ^= _mixed(right ^ key, 64 - narrow)
+        # `narrow` is the width of the left half, which this round replaces.
+        left ^= _mixed(right ^ key, narrow)
         left, right = right, left
         wide, narrow = narrow, wide
-    return (left << np.uint64(wide)) | right
+    return (left << wide) | right
 
 
-def _mixed(values: np.ndarray, shift: int) -> np.ndarray:
+def _mixed(values: np.ndarray, width: np.ndarray) -> np.ndarray:
     # The top bits of a product depend on all bits of its factors. `values` is a fresh array, and is overwritten.
     values *= np.uint64(_FIRST)
     values ^= values >> np.uint64(32)
     values *= np.uint64(_SECOND)
-    values >>= np.uint64(shift)
+    # In two shifts: of no bits are to be left none, and one shift by all 64 is undefined.
+    values >>= _ONE
+    values >>= np.uint64(63) - width
     return values
 
 
-def _round_keys(length: int, seed: int, epoch: int | None) -> np.ndarray:
+def _rounds(length: int) -> int:
+    return _SMALL_ROUNDS if length <= 1 << _SMALL_BITS else _ROUNDS
+
+
+def _key(seed: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
+    counted = 0 if epoch is None else (epoch + 1) & _MASK
+    return np.array([seed & _MASK], dtype=np.uint64), np.array([counted], dtype=np.uint64)
+
+
+def _round_keys(rounds: int, seeds: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    """The keys `(rounds, K)` of K orders; epochs count from 1, and 0 is none."""
     # Hashed one into the other, never added: seed 0 in epoch 1 has nothing to do with seed 1 in epoch 0.
-    key = _hash(_hash(seed & _MASK ^ _GOLDEN) ^ (0 if epoch is None else epoch + 1))
-    rounds = _SMALL_ROUNDS if length <= 1 << _SMALL_BITS else _ROUNDS
-    return np.array([_hash(key ^ number) for number in range(1, rounds + 1)], dtype=np.uint64)
+    keys = _hash(_hash(seeds ^ np.uint64(_GOLDEN)) ^ epochs)
+    return _hash(keys ^ np.arange(1, rounds + 1, dtype=np.uint64)[:, None])
 
 
-def _hash(value: int) -> int:
-    value &= _MASK
-    value = (value ^ value >> 30) * _FIRST & _MASK
-    value = (value ^ value >> 27) * _SECOND & _MASK
-    return value ^ value >> 31
+def _hash(values: np.ndarray) -> np.ndarray:
+    values = (values ^ values >> np.uint64(30)) * np.uint64(_FIRST)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(_SECOND)
+    return values ^ values >> np.uint64(31)

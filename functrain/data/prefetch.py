@@ -27,7 +27,8 @@ def prefetch(source: Source | Iterable[Tree], depth: int = 4) -> Prefetch:
     and ends the stream. Threads may share a stream: each element, and the error, goes to one of them. Leaving the
     block, in whatever way, waits for the load under way and ends the thread.
 
-    Raises `ArgumentError` for a depth below 1, for anything that is no iterable, and outside a `with` block.
+    Raises `ArgumentError` for a depth below 1, for anything that is no iterable, for deferred batches (which workers
+    read), and outside a `with` block.
 
     >>> import functrain as ft, torch
     >>> with ft.prefetch(ft.arrays(torch.arange(5)).batch(2), depth=4) as batches:
@@ -45,6 +46,11 @@ class Prefetch:
             raise ArgumentError(f"depth must be an int of at least 1, got {depth!r}")
         if not isinstance(source, (Source, Iterable)):
             raise ArgumentError(f"prefetch takes a source or an iterable, got {type(source).__name__}")
+        if isinstance(source, Source) and source.deferring:
+            raise ArgumentError(
+                "the batches of this source are deferred: workers read them, so there is nothing to load ahead. Use the source "
+                "as it is (an Experiment with depth=0), or have it read whole, ahead: prefetch(source.drawn())"
+            )
         self.source, self.depth = source, depth
         self.length: int | None = source.length if isinstance(source, Source) else None
         self._entered = False

@@ -52,6 +52,11 @@ class Source:
         """Whether every epoch has the same elements in the same order."""
         return all(source.steady for source in self.inner)
 
+    @property
+    def deferring(self) -> bool:
+        """Whether elements are `Deferred`: a source of your own that gives such sets it to True."""
+        return any(source.deferring for source in self.inner)
+
     def explain(self) -> Stage:
         """What this source reads, in which order, and what it stands on."""
         return Stage(type(self).__name__.lower(), self.facts(), [source.explain() for source in self.inner])
@@ -127,7 +132,7 @@ class Source:
         """
         from functrain.data.transform import Batch
 
-        return Batch(self, integer("size", size, 1), bool(drop_last))
+        return Batch(self.undeferred("batch"), integer("size", size, 1), bool(drop_last))
 
     def map(self, fn: Callable[[Any], Tree]) -> Source:
         """`fn` of every element: on examples before `.batch`, on whole batches after it. `fn` must be pure.
@@ -140,7 +145,7 @@ class Source:
 
         if not callable(fn):
             raise ArgumentError(f"map takes a function of an element, got {type(fn).__name__}")
-        return Map(self, fn)
+        return Map(self.undeferred("map"), fn)
 
     def zip(self, *others: Source) -> Source:
         """This source and others side by side: elements are tuples. `ArgumentError` where lengths differ.
@@ -198,7 +203,7 @@ class Source:
         from functrain.data.windows import Windows
 
         size = integer("size", size, 1)
-        return Windows(self, size, size if stride is None else integer("stride", stride, 1))
+        return Windows(self.undeferred("windows"), size, size if stride is None else integer("stride", stride, 1))
 
     def repeat(self, epochs: int | None = None) -> Source:
         """Epoch after epoch: position p is element p mod L of epoch p // L; without end unless `epochs` is given.
@@ -211,6 +216,74 @@ class Source:
         from functrain.data.order import Repeat
 
         return Repeat(self.finite("repeat"), None if epochs is None else integer("epochs", epochs, 1))
+
+    def deferred(self) -> Source:
+        """Batches that nobody reads before their examples are needed: element i is a `Deferred` of batch i.
+
+        Each worker of `parallel` draws the rows of its own part, which are the same wherever the batch is cut.
+        Raises `ArgumentError` for anything but what `.batch` gives: map and zip come before it.
+
+        >>> import functrain as ft, torch
+        >>> [draw().tolist() for draw in ft.arrays(torch.arange(8)).batch(5).deferred()(0).parts(2)]
+        [[0, 1, 2], [3, 4]]
+        """
+        from functrain.data.deferred import deferred
+
+        return deferred(self)
+
+    def drawn(self) -> Source:
+        """Batches that were deferred, drawn whole by whoever asks for them: what `prefetch` and compiled steps take."""
+        from functrain.data.deferred import Drawn
+
+        return Drawn(self) if self.deferring else self
+
+    def balanced(self, labels: Any, seed: int = 0, length: int | None = None) -> Source:
+        """The elements in class-balanced order: each C neighbours, from a multiple of C on, hold every class once.
+
+        `labels` `(n,)`, ints or strings, name each element's class; there are C. Classes take turns in ascending order, each
+        with a shuffled order of its own: all of its elements, then again in another order, on into the next epoch. Small
+        ones repeat; of large ones an epoch shows a part. An epoch has C·⌈n/C⌉ elements, or `length`.
+        Shard its batches, or shard first: `source.shard(rank, size).balanced(labels[rank::size])`.
+
+        Raises `ArgumentError` for labels that are missing or not one for each element, a source that is empty, endless or
+        shuffled already, and a length below C.
+
+        >>> import functrain as ft, torch
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 2])
+        >>> [batch.tolist() for batch in ft.arrays(labels).balanced(labels).batch(3)]
+        [[0, 1, 2], [0, 1, 2]]
+        """
+        from functrain.data.balanced import Balanced
+
+        return Balanced(self.finite("balanced"), labels, integer("seed", seed), length)
+
+    def poisson(self, rate: float, seed: int, pad: int = 64) -> Source:
+        """Poisson-subsampled batches, as privacy accounting assumes: each element is in each with probability `rate`.
+
+        Elements are `(rows, drawn)`, `drawn` `(M,)` float32 being 1 for rows that were drawn and 0 for those that fill up
+        to a multiple of `pad` (so that shapes are few): return it as the loss's weights. An epoch has about 1 / rate
+        batches, drawn by seed, epoch and position alone; an element comes once an epoch on average. It is the
+        seed that hides who was in a batch: keep it secret, and give each shard another one.
+
+        Raises `ArgumentError` for a rate outside (0, 1], a pad below 1, and a source that is empty or endless.
+
+        >>> import functrain as ft, torch
+        >>> rows, drawn = ft.arrays(torch.arange(100)).poisson(rate=0.1, seed=0, pad=8)(0)
+        >>> rows.shape, int(drawn.sum())
+        (torch.Size([16]), 10)
+        """
+        from functrain.data.poisson import Poisson
+
+        return Poisson(self.undeferred("poisson").finite("poisson"), rate, integer("seed", seed), integer("pad", pad, 1))
+
+    def undeferred(self, purpose: str) -> Source:
+        """This source; `ArgumentError` if its batches are deferred, where `purpose` needs examples."""
+        if self.deferring:
+            raise ArgumentError(
+                f"{purpose} needs examples, and these batches are deferred: {purpose} first, then .batch(…).deferred(); "
+                "or have them read whole, source.drawn()"
+            )
+        return self
 
     def finite(self, purpose: str) -> Source:
         """This source; `ArgumentError` if it has no end, which `purpose` needs."""

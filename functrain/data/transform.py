@@ -27,12 +27,14 @@ class Batch(Source):
         if rows and not self.length:
             raise ArgumentError(f"drop_last leaves no batch: {rows} elements, batches of {size}")
 
+    def places(self, i: int) -> range:
+        """Where in the inner source the elements of batch i stand."""
+        stop = (i + 1) * self.size
+        return range(i * self.size, stop if self.source.length is None else min(stop, self.source.length))
+
     def get(self, i: int, epoch: int) -> Tree:
-        start = i * self.size
-        stop = start + self.size
-        if self.source.length is not None:
-            stop = min(stop, self.source.length)
-        return self.source.take(np.arange(start, stop), epoch)
+        places = self.places(i)
+        return self.source.take(np.arange(places.start, places.stop), epoch)
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         rows = self.source.length
@@ -57,23 +59,24 @@ class Map(Source):
         self.source, self.inner, self.length, self.fn = source, (source,), source.length, fn
 
     def get(self, i: int, epoch: int) -> Tree:
-        return tree.map(_tensor, self.fn(self.source.get(i, epoch)))
+        return tree.map(as_tensor, self.fn(self.source.get(i, epoch)))
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         # One read below; the function sees one element at a time, as it does in `get`.
         elements = tree.unstack(self.source.take(indices, epoch))
-        return stacked([tree.map(_tensor, self.fn(element)) for element in elements])
+        return stacked([tree.map(as_tensor, self.fn(element)) for element in elements])
 
     def facts(self) -> dict[str, str]:
         return {**super().facts(), "function": getattr(self.fn, "__qualname__", type(self.fn).__name__)}
 
 
-def _tensor(leaf: Any) -> Tensor:
+def as_tensor(leaf: Any, what: str = "a mapped function") -> Tensor:
+    """A leaf that the function `what` returned as a tensor; `TreeError` for one that is none, no array and no number."""
     if isinstance(leaf, Tensor):
         return leaf
     if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
         return torch.as_tensor(leaf)
-    raise TreeError(f"a mapped function returned a leaf of type {type(leaf).__name__}: expected tensors, arrays, numbers")
+    raise TreeError(f"{what} returned a leaf of type {type(leaf).__name__}: expected tensors, arrays, numbers")
 
 
 class Zip(Source):
@@ -83,6 +86,7 @@ class Zip(Source):
         for source in sources:
             if not isinstance(source, Source):
                 raise ArgumentError(f"zip takes sources, got {type(source).__name__}: see functrain.arrays")
+            source.undeferred("zip")
         lengths = [source.length for source in sources]
         if len(sources) < 2:
             raise ArgumentError("zip takes at least one other source")

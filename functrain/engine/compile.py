@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from functrain.core import tree
+from functrain.core.deferred import Deferred
 from functrain.core.errors import ArgumentError, FunctrainError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.step import Metrics, Step, apart, check_owned, moved, taken_over
@@ -104,6 +105,11 @@ def _lazy(leaf: Tensor) -> bool:
 
 def _resolved(leaf: Any) -> Tensor:
     # A lazily negated or conjugated view has the shape and strides of a plain tensor, and other values.
+    if isinstance(leaf, Deferred):
+        raise ArgumentError(
+            "a compiled step is one graph, on one thread: it takes batches that are read already, not deferred ones. Give it "
+            "source.drawn(), which ft.prefetch reads ahead; or leave the step uncompiled, and workers read their own parts"
+        )
     if not isinstance(leaf, Tensor):
         got = type(leaf).__name__
         raise TreeError(f"states and batches are trees of tensors, got a leaf that is {got}: see torch.as_tensor")

@@ -46,6 +46,10 @@ class Experiment:
             raise ArgumentError(f"epochs must be an int of at least 0, got {self.epochs!r}")
         if not isinstance(self.train, Source) or self.train.length is None:
             raise ArgumentError("train must be a finite source of batches: leave .repeat() out, epochs do that")
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 0:
+            raise ArgumentError(f"depth must be a number of batches of at least 0, got {self.depth!r}")
+        if self.train.deferring and self.depth:
+            raise ArgumentError("train's batches are deferred, workers read them: give the experiment depth=0")
         if not self.train.length:
             raise ArgumentError("train has no batches: an epoch needs at least one")
 

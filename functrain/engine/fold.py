@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from functrain.core import tree
+from functrain.core.deferred import drawn
 from functrain.core.errors import ArgumentError, PositionError
 from functrain.core.explain import Stage, explain
 from functrain.core.step import Metrics, Step
@@ -93,6 +94,7 @@ def repeat(step: Step, steps: int) -> Step:
         raise ArgumentError(f"steps must be an int of at least 1, got {steps!r}")
 
     def update(state: Any, batches: Tree) -> tuple[Any, Metrics]:
+        batches = drawn(batches)
         height = tree.batch_size(batches)
         if height != steps:
             advice = f"source.batch({steps}, drop_last=True)"

@@ -17,11 +17,13 @@ from functrain.core.errors import ArgumentError
 from functrain.core.examples import check_lanes, scaled_sum
 from functrain.core.explain import Stage, explain
 from functrain.core.grad import as_gradient, checked_size, summed
+from functrain.core.heap import settled
 from functrain.core.loss import missing
 from functrain.core.reduce.base import Gradient, Reducer
+from functrain.core.remat import after
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
-from functrain.engine.memory import fewer, out_of_memory
+from functrain.engine.memory import fewer, like_its_own, out_of_memory
 from functrain.engine.plan import How, Plan, choose, costs
 from functrain.engine.workers import checked_workers, intra_op_threads, run_in_order
 
@@ -107,6 +109,7 @@ class Parallel:
         self.uses = grad.uses | {"key"} if reduce.keyed else grad.uses
         self.lanes = grad.lanes
         self.plan: Plan = choose(grad, how, parts, self.workers, reduce, exact)
+        settled()
         self._alive = {"threads": self.workers, "loop": 1}.get(self.plan.how, parts)
 
     def __call__(self, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None) -> Any:
@@ -154,16 +157,22 @@ class Parallel:
         # Fused, as many parts as may be alive are one.
         parts = self._cut(batch, carry, key, math.ceil(self.parts / self._alive) if fused else self.parts)
         carries: list[Tree] = []
+        latest: list[Any] = []
 
         def lifted() -> Iterator[Any]:
-            with closing(self._taken(params, parts)) as taken:
+            with closing(self._taken(params, parts, latest)) as taken:
                 for gradient in taken:
                     carries.append(gradient.carry)
                     bare = gradient._replace(carry=None)
                     # Examples' gradients were scaled and added where they were taken: a part's sum is lifted already.
-                    yield bare if self.reduce.scale else self.reduce.lift(bare)
+                    latest[:] = [bare if self.reduce.scale else self.reduce.lift(bare)]
+                    yield latest[0]
 
-        merged = tree.tree_reduce(self.reduce.merge, lifted())
+        def merge(left: Any, right: Any) -> Any:
+            latest[:] = [self.reduce.merge(left, right)]
+            return latest[0]
+
+        merged = tree.tree_reduce(merge, lifted())
         if "carry" not in self.uses:
             return merged
         joined = self._joined(carries, [part.size for part in parts])
@@ -185,7 +194,11 @@ class Parallel:
 
     def _one(self, params: Tree, part: Part) -> Gradient:
         try:
-            return self._sum(params, part.draw(), part.carry, part.keys)
+            batch = part.draw()
+            if self.exact and not inside_transform() and not inside_tracing():
+                # The same bits, whether the part was cut from a batch or drawn by itself.
+                batch = tree.map(like_its_own, batch)
+            return self._sum(params, batch, part.carry, part.keys)
         except Exception as error:
             error.add_note(f"in {part.place} ({part.size} examples) of a batch")
             raise
@@ -196,14 +209,17 @@ class Parallel:
         scale = self.reduce.scale
         return scaled_sum(self.grad, params, batch, scale=scale, carry=carry, key=keys, budget=self.budget)
 
-    def _taken(self, params: Tree, parts: list[Part]) -> Generator[Gradient]:
+    def _taken(self, params: Tree, parts: list[Part], latest: list[Any]) -> Generator[Gradient]:
         surrounded = inside_transform() or inside_tracing()
         if self.plan.how == "vmap":
             yield from self._by_vmap(params, parts)
         elif self.plan.how == "threads" and self._alive > 1 and not surrounded:
             yield from run_in_order(partial(self._one, params), parts, self._alive, self._intra_op())
         else:
+            one_by_one = self.plan.how == "loop" and inside_tracing()
             for part in parts:
+                if one_by_one and latest:
+                    part = part._replace(draw=partial(_drawn_after, tree.leaves(latest), part.draw))
                 with intra_op_threads(1) if self.exact and not surrounded else nullcontext():
                     gradient = self._one(params, part)
                 yield gradient
@@ -250,6 +266,12 @@ class _WithCarry(NamedTuple):
 
 def _given(batch: Tree) -> Tree:
     return batch
+
+
+def _drawn_after(waited_for: list[Tensor], draw: Callable[[], Tree]) -> Tree:
+    # A compiler would take the parts side by side, in the memory of all.
+    leaves, spec = tree.flatten(draw())
+    return tree.unflatten(spec, after(waited_for, leaves))
 
 
 def _share(leaf: Tensor, share: float) -> Tensor:

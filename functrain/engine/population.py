@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
+from functrain.core.deferred import drawn
 from functrain.core.errors import ArgumentError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.step import Metrics, Step, check_owned
@@ -57,6 +58,8 @@ def population(step: Step) -> Step:
 
     def update(states: Any, batch: Tree) -> tuple[Any, Metrics]:
         check_owned(states)
+        # Outside of the transform: a source need not know of torch.func.
+        batch = drawn(batch)
         if states.position.ndim != 1:
             raise TreeError("this is a single state: a population's is made by its init([state, …]) from its members'")
         flat, spec = tree.flatten(states)

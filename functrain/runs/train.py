@@ -45,9 +45,10 @@ def train(
     """Run `experiment` in the directory `run`: from its newest whole checkpoint on, or from the beginning.
 
     A row of metrics is logged after each epoch: `epoch`, `position`, `seconds`, `train/…` (means over the epoch's examples,
-    whatever the sizes of its batches) and what `experiment.evaluate` measures, under other names. The state is checkpointed
-    before the first step, every `every` steps, after each epoch (also when `evaluate` fails: called again, training goes on
-    with that), and when interrupted; but never one whose params or carry have become nan or infinite.
+    whatever the sizes of its batches) and what `experiment.evaluate` measures, under other names. Steps that `ft.guard` has
+    skipped are left out of the means, and counted as `train/skipped`. The state is checkpointed before the first step, every
+    `every` steps, after each epoch (also when `evaluate` fails: called again, training goes on with that), and when
+    interrupted; but never one whose params or carry have become nan or infinite.
 
     `interrupted` is asked after every step: when it says so, the state is checkpointed and the loop ends. Killed at any
     moment and called again, it ends with the same parameters, bit for bit, as if nothing had happened.
@@ -218,22 +219,27 @@ class _EpochSums:
     def _drain(self) -> None:
         for done, metrics in self.waiting:
             weight, loss = float(metrics["weight"]), float(metrics["loss"])
-            if not math.isfinite(loss):
+            skipped = float(metrics.get("skipped", 0.0))
+            if not math.isfinite(loss) and not skipped:
                 why = "look at that batch, and at the gradient of the step before, or lower the learning rate"
                 raise RunError(
                     f"the loss is {loss} at step {done} (the batch of position {done - 1}); the newest checkpoint is "
                     f"from before: {why if weight else 'the weights of that batch are all 0'}"
                 )
-            self.weight += weight
+            self.weight += 0.0 if skipped else weight
             for name, value in metrics.items():
                 if name != "weight":
-                    self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+                    # Skipped steps are counted (tbptt's by the share of their windows); what they measured may well be nan.
+                    share = skipped if name == "skipped" else 0.0 if skipped else weight * float(value)
+                    self.sums[name] = self.sums.get(name, 0.0) + share
         self.waiting = []
 
     def row(self) -> dict[str, float]:
         self._drain()
         # A weight of 0 is fine for sums, which are not divided by it.
-        return {f"train/{name}": total / self.weight if self.weight else math.nan for name, total in self.sums.items()}
+        means = {name: total / self.weight if self.weight else math.nan for name, total in self.sums.items()}
+        counts = {name: total for name, total in self.sums.items() if name == "skipped"}
+        return {f"train/{name}": value for name, value in {**means, **counts}.items()}
 
     def record(self, seconds: float) -> dict[str, Any]:
         self._drain()

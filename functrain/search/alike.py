@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
+from functrain.core.deferred import drawn
 from functrain.core.explain import explain
 from functrain.core.tree import Tree
 from functrain.engine.experiment import Experiment
@@ -71,7 +72,7 @@ def _batches(one: Experiment, other: Experiment) -> str:
         return ""
     mine, theirs = one.train.repeat(), other.train.repeat()
     for position in sorted({0, one.steps // 2, one.steps - 1}):
-        a, b = mine(position), theirs(position)
+        a, b = drawn(mine(position)), drawn(theirs(position))
         same = tree.same_structure(a, b) and all(map(_equal, tree.leaves(a), tree.leaves(b)))
         if not same:
             return f"the train sources give different batches at step {position}: a population shares them"

@@ -164,3 +164,30 @@ def test_dropout_refuses_what_it_cannot_do():
         random.dropout(torch.ones(2), 1.5, random.key(0))
     with pytest.raises(ft.ArgumentError, match=r"4 keys for a tensor of shape \(3, 5\)"):
         random.dropout(torch.ones(3, 5), 0.5, random.split(random.key(0), 4))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 2 * random._BLOCK + 1, 2 * random._BLOCK + 2, 5 * random._BLOCK + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_normal_numbers_have_the_bits_of_those_drawn_at_once(count, dtype):
+    key = random.key(9)
+    drawn = random.normal(key, (count,), dtype)
+    # Inside a transform, and of keys with a shape, nothing is drawn block by block.
+    same_bits("vmap", torch.func.vmap(lambda k: random.normal(k, (count,), dtype))(key[None])[0], drawn)
+    same_bits("keys", random.normal(key[None], (count,), dtype)[0], drawn)
+    same_bits("shaped", random.normal(key, (1, count, 1), dtype), drawn[None, :, None])
+
+
+def test_the_two_normal_numbers_of_a_hash_are_independent():
+    numbers = random.normal(random.key(4), (2 * COUNT,)).double()
+    pairs = numbers.reshape(2, COUNT)
+    for function in (lambda x: x, torch.square, torch.abs, torch.sign):
+        values = function(pairs)
+        for left, right in ((values[0], values[1]), (values[0, 1:], values[1, :-1])):
+            assert abs((left * right).mean() - left.mean() * right.mean()) < 5 * left.std() * right.std() / math.sqrt(COUNT)
+    # In polar coordinates: the angle is uniform, and half the squared radius exponential.
+    turn = torch.atan2(pairs[1], pairs[0]) / (2 * math.pi) + 0.5
+    spent = torch.exp(-pairs.square().sum(0) / 2)
+    for uniform in (turn, spent):
+        seen = torch.histc(uniform, 100, 0, 1)
+        chi = ((seen - COUNT / 100) ** 2 / (COUNT / 100)).sum().item()
+        assert abs(chi - 99) < 5 * math.sqrt(2 * 99)

@@ -54,7 +54,8 @@ def test_the_buffers_are_the_means_of_the_parts_weighted_by_examples():
 
 
 def test_the_laws_of_gradients_hold():
-    check_grad(ft.grad(loss), PARAMS, images(5), carry=APPLY.buffers, key=ft.random.key(1))
+    # Not vmapped over params: torch refuses to write batched statistics into buffers that are not (the plan vmap stacks them).
+    check_grad(ft.grad(loss), PARAMS, images(5), carry=APPLY.buffers, key=ft.random.key(1), vmap=False)
 
 
 def test_explain_says_that_the_loss_is_not_additive():

@@ -1,0 +1,121 @@
+"""Gradients of single examples by the fastest way that fits the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from functrain.core import random, tree
+from functrain.core.deferred import drawn
+from functrain.core.errors import FunctrainError, LossError
+from functrain.core.examples import recorded, reference
+from functrain.core.examples.batch import Examples
+from functrain.core.examples.reference import Scale
+from functrain.core.grad import Grad, checked_size
+from functrain.core.loss import missing
+from functrain.core.reduce.base import Gradient
+from functrain.core.transforms import inside_transform
+from functrain.core.tree import Tree
+
+BUDGET = 256 * 2**20
+Result = TypeVar("Result")
+
+
+def example_grads(
+    grad: Any, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None, budget: int | None = None
+) -> Gradient:
+    """The gradient of each example by itself: grads, loss, weight and aux with leaves `(N, …)`."""
+    examples, bytes = _examples(grad, params, batch, carry, key), budget or BUDGET
+    fast = partial(recorded.rows, examples, bytes)
+    return _first(examples, fast, lambda one: reference.rows(examples, bytes, one))
+
+
+def scaled_sum(
+    grad: Any,
+    params: Tree,
+    batch: Tree,
+    *,
+    scale: Scale,
+    carry: Tree = None,
+    key: Tensor | None = None,
+    budget: int | None = None,
+) -> Gradient:
+    """Σᵢ s(‖gᵢ‖) gᵢ over the examples of a batch, with Σ loss, Σ weight and Σ aux beside it.
+
+    `scale(norms (N,)) -> (N,)`; the norms are those of each example's gradient over all leaves together.
+    """
+    examples, bytes = _examples(grad, params, batch, carry, key), budget or BUDGET
+    fast = partial(recorded.scaled, examples, scale, bytes)
+    return _first(examples, fast, lambda one: reference.scaled(examples, scale, bytes, one))
+
+
+def plan_of(grad: Any, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None) -> dict[str, str]:
+    """How the gradients of single examples are found, for each leaf of params by name, in words."""
+    paths = tree.paths(params)
+    one = next(_examples(grad, params, batch, carry, key).parts(1))
+    return dict(zip(paths, _first(one, partial(recorded.algebra, one), partial(_as_a_whole, one))))
+
+
+_WHOLE: dict[reference.Rows, str] = {
+    reference.by_vmap: "all leaves: a gradient for each example, by vmap over the gradient",
+    reference.by_loop: "all leaves: a gradient for each example, one after the other",
+}
+
+
+def _as_a_whole(examples: Examples, way: reference.Rows) -> list[str]:
+    way(examples)
+    return [_WHOLE[way]] * len(tree.leaves(examples.params))
+
+
+def _examples(grad: Any, params: Tree, batch: Tree, carry: Tree, key: Tensor | None) -> Examples:
+    check_lanes(grad)
+    batch = drawn(batch)
+    size = checked_size(batch)
+    missing(grad.uses, carry, key)
+    keys = random.example_keys(key, size) if key is not None and "key" in grad.uses else None
+    return Examples(grad, params, batch, carry, keys, size)
+
+
+def _first(examples: Examples, fast: Callable[[], Result], slow: Callable[[reference.Rows], Result]) -> Result:
+    """The result by the first way that can take this loss: recorded, mapped, or one example after the other.
+
+    An error of the loss itself is an error in every way: the last one, which is plain autograd, raises it as it is.
+    """
+    ways: list[Callable[[], Result]] = [partial(slow, reference.by_vmap)]
+    for way in [fast, *ways] if _recordable(examples) else ways:
+        try:
+            return way()
+        except FunctrainError:
+            raise
+        except (RuntimeError, TypeError, UserWarning) as error:
+            if any(text in str(error) for text in _MEMORY):
+                raise
+            if "in-place" in str(error):
+                # Mapped over the gradient, the loss would write into the caller's params before anybody could say so.
+                break
+    return slow(reference.by_loop)
+
+
+# Out of memory, whoever called has to cut the batch; another way would take as much.
+_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def _recordable(examples: Examples) -> bool:
+    if type(examples.grad) is not Grad or inside_transform() or torch.compiler.is_dynamo_compiling():
+        return False
+    leaves = tree.leaves((examples.params, examples.batch, examples.carry))
+    return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves))
+
+
+def check_lanes(grad: Any) -> None:
+    """Raise `LossError` where the gradient of one example is not defined: the loss threads buffers that all examples share."""
+    if "carry" in grad.uses and not grad.lanes:
+        raise LossError(
+            "the loss threads buffers that all examples of a batch share (batch norm), so no example has a gradient of its "
+            "own: use a norm of single examples (nn.GroupNorm, nn.LayerNorm), or say ft.grad(loss, lanes=True) where the "
+            "carry has a lane for each example"
+        )
