@@ -60,7 +60,7 @@ def _steps(work: Work) -> list[Result]:
         "uncompiled, donated": Ours(ft.step(grad, optimizer, donate=True), params, work.batch),
     }
     contestants |= {f"Opacus, {mode}": Opacus(work.module(), work.batch, mode, NOISE) for mode in MODES}
-    times = race(contestants, rounds=11, turn=0.1)
+    times = race(contestants, rounds=9, turn=0.1)
     goals = {f"Opacus, {mode}": 0.5 for mode in MODES}
     return [
         result
@@ -77,7 +77,7 @@ def _clipping(work: Work) -> list[Result]:
         "clipped": lambda: clipped.finished(params, work.batch),
         "plain gradient": lambda: plain.finished(params, work.batch),
     }
-    times = race(contestants, rounds=11, turn=0.1)
+    times = race(contestants, rounds=9, turn=0.1)
     return compare("private", f"{work.name}; clipped sum", times, "clipped", {"plain gradient": None})
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.race import Result
 
 HERE = Path(__file__).parent
-PACKAGES = ("functrain", "torch", "jax", "optax", "numpy", "h5py")
+PACKAGES = ("functrain", "torch", "jax", "optax", "opacus", "numpy", "h5py")
 
 
 def write(results: Sequence[Result], notes: str) -> Path:

@@ -20,6 +20,11 @@ REDUCERS = {
     "sign_vote": ft.reduce.sign_vote,
     "pcgrad": ft.reduce.pcgrad,
     "adasum": ft.reduce.adasum,
+    "median": ft.reduce.median,
+    "trimmed_mean(0.2)": ft.reduce.trimmed_mean(0.2),
+    "geometric_median(steps=16, smoothing=1e-06)": ft.reduce.geometric_median(),
+    "krum(1)": ft.reduce.krum(1),
+    "multi_krum(1)": ft.reduce.multi_krum(1),
     "clip_per_example(1)": ft.reduce.clip_per_example(1.0),
     "private(1, 0.5)": ft.reduce.private(1.0, 0.5),
     "private(2, 1, size=10)": ft.reduce.private(2.0, 1.0, size=10),
@@ -27,7 +32,7 @@ REDUCERS = {
     "with_noise_scale(pcgrad)": ft.reduce.with_noise_scale(ft.reduce.pcgrad),
 }
 # The fewest parts that a reducer can tell anything from; 1 for the others.
-LEAST_PARTS: dict[str, int] = {}
+LEAST_PARTS: dict[str, int] = {"krum(1)": 5, "multi_krum(1)": 5}
 SCHEDULES: dict[str, Callable[[float], Any]] = {
     "constant": ft.optim.constant,
     "cosine": lambda rate: ft.optim.cosine(rate, 30, end=rate / 10),

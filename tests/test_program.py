@@ -45,8 +45,8 @@ def test_readmes_program_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_readmes_blocks_on_losses_reducers_and_health_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
-    parts = ("BatchNorm1d", "reduce.median", "def larger", "ft.guard")
-    everything, reducers, own, health = (block for block in python_blocks() if any(part in block for part in parts))
+    parts = ("BatchNorm1d", "reduce.median", "def private_loss", "def larger", "ft.guard")
+    everything, reducers, private, own, health = (block for block in python_blocks() if any(part in block for part in parts))
     names: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "ft": ft}
     exec(everything, names)
     assert "'accuracy'" in capsys.readouterr().out
@@ -57,6 +57,9 @@ def test_readmes_blocks_on_losses_reducers_and_health_run_as_they_stand(capsys: 
         _, metrics = step(step.init(names["params"], carry=names["apply"].buffers), names["train"].batch(64)(0))
         assert ("noise_scale" in metrics) == (grad == "watched")
     exec(health, names)
+    capsys.readouterr()
+    exec(private, names)
+    assert 0.5 < float(capsys.readouterr().out) < 20
     assert names["best"].value == max(row["accuracy"] for row in names["history"].rows)
     assert len(names["history"].rows) == 4
 

@@ -51,25 +51,30 @@ class Grad:
 
     def _take(self, params: Tree, batch: Tree, carry: Tree, key: Tensor | None, finish: bool) -> Gradient:
         batch = drawn(batch)
-        batch_leaves = tree.leaves(batch)
+        batch_leaves, batch_spec = tree.flatten(batch)
         size = checked_size(batch, batch_leaves)
         losses.missing(self.uses, carry, key)
         keys = random.example_keys(key, size) if key is not None and "key" in self.uses else None
         flat, spec = tree.flatten(params)
-        if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flat):
-            raise TreeError(_not_floating(params))
-        tracked = torch.is_grad_enabled() and _tracked([*flat, *batch_leaves, *tree.leaves((carry, keys))])
+        check_params(params, flat)
+        given = [*batch_leaves, *tree.leaves((carry, keys))]
+        tracked = torch.is_grad_enabled() and _tracked([*flat, *given])
         # Traced, too: oneDNN's fused LSTM, which autograd would take, has a backward pass that cannot be traced.
         take = _by_transform if tracked or inside_transform() or inside_tracing() else _by_autograd
 
         def objective(leaves: tuple[Tensor, ...]) -> tuple[Tensor, losses.Totals]:
-            totals = losses.total(self.loss, self.uses, tree.unflatten(spec, leaves), batch, size, carry, keys)
+            # Its own containers: what a loss puts into a dict of the batch stays there.
+            rows = tree.unflatten(batch_spec, batch_leaves)
+            totals = losses.total(self.loss, self.uses, tree.unflatten(spec, leaves), rows, size, carry, keys)
             if finish:
                 checked_weight(totals.weight)
                 return totals.loss / totals.weight.to(totals.loss.dtype), totals
             return totals.loss, totals
 
+        before = _versions(flat), _versions(given)
         grads, totals = take(objective, tuple(flat))
+        if before != (_versions(flat), _versions(given)):
+            raise LossError(_IN_PLACE if before[0] != _versions(flat) else _BATCH_IN_PLACE)
         total = Gradient(tree.unflatten(spec, grads), totals.loss, totals.weight, totals.carry, totals.aux)
         if not finish:
             return total
@@ -117,11 +122,31 @@ def checked_size(batch: Tree, leaves: list[Any] | None = None) -> int:
     return size
 
 
+def check_params(params: Tree, flat: list[Any]) -> None:
+    """Raise where no gradient can be taken: no params, ones that are not floating, or inside `torch.inference_mode`."""
+    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flat):
+        raise TreeError(_not_floating(params))
+    if not flat:
+        raise TreeError("params are an empty tree: there is nothing to take a gradient of")
+    check_mode()
+
+
+def check_mode() -> None:
+    """Raise `ArgumentError` inside `torch.inference_mode`."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("inside torch.inference_mode there are no gradients: leave it, or use torch.no_grad")
+
+
+def _versions(leaves: list[Any]) -> list[int]:
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
 def _tracked(leaves: list[Any]) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 _IN_PLACE = "the loss changes its params in place: a loss is a pure function, so work on a copy (params['w'] * 2, not .mul_(2))"
+_BATCH_IN_PLACE = "the loss changes its batch, carry or key in place, which are the caller's: use copies (x + 1, not x.add_(1))"
 Objective = Callable[[tuple[Tensor, ...]], tuple[Tensor, losses.Totals]]
 
 

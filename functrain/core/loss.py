@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,6 +64,9 @@ def total(
     keywords = {name: value for name, value in (("carry", carry), ("key", key)) if name in uses}
     try:
         output = loss(params, batch, **keywords)
+    except StopIteration as error:
+        # Outside, it would end a loop in silence.
+        raise LossError("the loss raised StopIteration: an iterator that it reads has ended") from error
     except (RuntimeError, IndexError, ValueError) as error:
         if _emptied(params):
             raise DonatedError(
@@ -79,7 +83,7 @@ def total(
     else:
         weights = _expanded(result.weights, losses)
         losses = losses * weights
-        weight = weights.sum(dtype=torch.float64).detach()
+        weight = _summed(weights.detach())
     aux = result.aux
     if aux is not None:
         aux = tree.map(lambda leaf: _aux_total(leaf, weights, losses.shape), aux)
@@ -157,6 +161,14 @@ def _expanded(weights: Any, losses: Tensor) -> Tensor:
     if weights.is_cpu and not inside_transform() and not inside_tracing() and bool((weights < 0).any()):
         raise LossError(f"weights must not be negative, the smallest is {weights.min().item():g}")
     return weights.to(losses.dtype).reshape(*weights.shape, *(1,) * (losses.ndim - weights.ndim)).expand_as(losses)
+
+
+def _summed(weights: Tensor) -> Tensor:
+    total = weights.sum(dtype=torch.float64)
+    if weights.is_cpu and not inside_transform() and not inside_tracing():
+        return total
+    # Negative weights cannot be raised here: a weight that is no number is an error, or is seen, where the mean is taken.
+    return torch.where((weights < 0).any(), math.nan, total)
 
 
 def _aux_total(leaf: Tensor, weights: Tensor | None, shape: torch.Size) -> Tensor:

@@ -116,7 +116,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     count = math.prod(shape)
     half = (count + 1) // 2
-    if key.ndim == 0 and half > _BLOCK and not inside_transform() and not inside_tracing():
+    if key.ndim == 0 and key.is_cpu and half > _BLOCK and not inside_transform() and not inside_tracing():
         drawn = _in_blocks(key, half, exact)
     else:
         drawn = torch.cat(_pairs(key, 0, half, exact), -1)

@@ -88,7 +88,9 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
 
 def _in_graph(stage: Stage) -> Stage:
     """What a step says of itself, without what holds only outside a graph."""
-    facts = {name: text for name, text in stage.facts.items() if name not in ("state", "update")}
+    facts = {name: text for name, text in stage.facts.items() if name not in ("state", "update", "workers")}
+    if facts.get("plan", "").startswith("threads"):
+        facts["plan"] = "loop (threads are looped inside a graph)"
     return Stage(stage.title, facts, [_in_graph(inner) for inner in stage.inner])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -14,9 +15,9 @@ from torch import Tensor
 from functrain.core import random, reduce, tree
 from functrain.core.deferred import Deferred
 from functrain.core.errors import ArgumentError
-from functrain.core.examples import check_lanes, scaled_sum
+from functrain.core.examples import check_lanes, checked_budget, scaled_sum
 from functrain.core.explain import Stage, explain
-from functrain.core.grad import as_gradient, checked_size, summed
+from functrain.core.grad import as_gradient, check_mode, checked_size, summed
 from functrain.core.heap import settled
 from functrain.core.loss import missing
 from functrain.core.reduce.base import Gradient, Reducer
@@ -82,9 +83,13 @@ def parallel(
     if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
         raise ArgumentError(f"parts must be an int of at least 1, got {parts!r}")
     if not isinstance(reduce, Reducer):
-        raise ArgumentError(f"reduce must be a Reducer such as ft.reduce.mean, got {reduce!r}")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
-        raise ArgumentError(f"budget must be a number of bytes of at least 1, got {budget!r}")
+        called = f": call it, ft.reduce.{reduce.__name__}(…)" if inspect.isfunction(reduce) else ""
+        raise ArgumentError(f"reduce must be a Reducer such as ft.reduce.mean, got {explain(reduce).title}{called}")
+    if parts < reduce.least:
+        raise ArgumentError(f"{reduce.name} needs at least {reduce.least} parts to tell anything, got parts={parts}")
+    checked_budget(budget)
+    if not isinstance(exact, bool):
+        raise ArgumentError(f"exact must be True or False, got {exact!r}")
     if reduce.scale is not None:
         check_lanes(as_gradient(grad))
     return Parallel(as_gradient(grad), parts, reduce, how, checked_workers(workers), exact, budget)
@@ -143,16 +148,21 @@ class Parallel:
             "plan": f"{self.plan.how} ({self.plan.reason})",
             "reduce": f"{self.reduce.name}, up a tree of depth {tree.depth(self.parts)}",
             **costs(self.plan, self.parts, self.workers, self.reduce, self.exact),
-            "randomness": "cut with the batch" if "key" in self.uses else "none",
+            "randomness": self._randomness(),
         }
         if self.plan.how == "threads":
             inside = "looped inside a transform or compiler"
             facts["workers"] = f"{self.workers}, {self._intra_op()} intra-op threads each; {inside}"
-        return Stage(f"parallel, {self.parts} parts", facts, [explain(self.grad)])
+        return Stage(f"parallel, {self.parts} part{'s' * (self.parts > 1)}", facts, [explain(self.grad)])
+
+    def _randomness(self) -> str:
+        drawn = ["the loss's, cut with the batch"] * ("key" in self.grad.uses) + ["the reducer's, once"] * self.reduce.keyed
+        return " and ".join(drawn) or "none"
 
     # --- the way of a batch: cut, taken, joined ---
 
     def _merged(self, params: Tree, batch: Tree, carry: Tree, key: Tensor | None) -> Any:
+        check_mode()
         fused = self.plan.how == "fused"
         # Fused, as many parts as may be alive are one.
         parts = self._cut(batch, carry, key, math.ceil(self.parts / self._alive) if fused else self.parts)
@@ -210,7 +220,8 @@ class Parallel:
         return scaled_sum(self.grad, params, batch, scale=scale, carry=carry, key=keys, budget=self.budget)
 
     def _taken(self, params: Tree, parts: list[Part], latest: list[Any]) -> Generator[Gradient]:
-        surrounded = inside_transform() or inside_tracing()
+        # A thread loses what surrounds the caller: transforms, traces, and modes (torch.device(…) as a context).
+        surrounded = inside_transform() or inside_tracing() or torch._C._len_torch_function_stack() > 0
         if self.plan.how == "vmap":
             yield from self._by_vmap(params, parts)
         elif self.plan.how == "threads" and self._alive > 1 and not surrounded:

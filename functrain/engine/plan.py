@@ -46,7 +46,7 @@ def choose(grad: Any, how: str, parts: int, workers: int, reduce: Reducer, exact
     if not obstacle:
         return Plan("fused", "the reducer is linear: one backward pass over the batch is the sum over its parts")
     if workers > 1:
-        return Plan("threads", f"not fused: {obstacle}; {workers} workers")
+        return Plan("threads", f"not fused: {obstacle}; {workers} workers; ft.tune measures whether another plan is faster")
     return Plan("loop", f"not fused: {obstacle}; one worker")
 
 
@@ -64,12 +64,13 @@ def _against_fusing(grad: Any, reduce: Reducer, exact: bool) -> str:
 
 def costs(plan: Plan, parts: int, workers: int, reduce: Reducer, exact: bool) -> dict[str, str]:
     """What a plan costs, known before it runs: backward passes, memory for gradients, and what `exact` changes."""
-    passes = "1" if plan.how == "fused" else f"{parts}, one for each part"
+    passes = "1" if plan.how == "fused" or parts == 1 else f"{parts}, one for each part"
     if plan.how == "vmap":
         passes = f"{parts}, in one or two vmapped calls"
     if reduce.scale is not None:
         passes += "; inside, examples are told apart by layer algebra or vmap"
-    facts = {"backward passes": passes, "memory for gradients": times_params(_alive(plan, parts, workers, reduce))}
+    note = "and examples' gradients within the budget" if reduce.scale is not None else ""
+    facts = {"backward passes": passes, "memory for gradients": times_params(_alive(plan, parts, workers, reduce), note)}
     if exact:
         facts["exact"] = "yes: the bits do not depend on workers"
     elif plan.how == "fused":

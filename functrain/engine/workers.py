@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -45,9 +46,9 @@ def intra_op_threads(count: int) -> Iterator[None]:
 def run_in_order(function: Callable[[Item], Result], items: Sequence[Item], workers: int, intra_op: int) -> Iterator[Result]:
     """`function(item)` for each item, in order, on `workers` threads with `intra_op` threads inside an operation each.
 
-    At most `workers + 1` results are computed and not yet taken, however many items there are. Grad mode and autocast are
-    the caller's. An error stops the items that have not begun and is raised in the caller, with its own traceback, once
-    every thread has ended; so do they all when the iterator is closed.
+    At most `workers + 1` results are computed and not yet taken, however many items there are. Grad mode, autocast and
+    context variables are the caller's. An error stops the items that have not begun and is raised in the caller, with its
+    own traceback, once every thread has ended; so do they all when the iterator is closed.
     """
     grad_mode = torch.is_grad_enabled()
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
@@ -65,7 +66,7 @@ def run_in_order(function: Callable[[Item], Result], items: Sequence[Item], work
     with intra_op_threads(torch.get_num_threads()), ThreadPoolExecutor(workers, "functrain-part") as pool:
         try:
             for item in items:
-                ahead.append(pool.submit(work, item))
+                ahead.append(pool.submit(contextvars.copy_context().run, work, item))
                 if len(ahead) > workers:
                     yield ahead.popleft().result()
             while ahead:

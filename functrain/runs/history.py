@@ -29,17 +29,18 @@ class History:
     """Goes along with a loop over `(state, metrics)` and takes down a row after every `every` steps.
 
     A row in `rows` is a dict of numbers: `steps` (seen by this history: k, 2k, …), `position` (of the state), `loss` (the plain
-    mean of exactly the last k losses), `seconds` (since the loop began) and what `measure(state)` gives. It is there before
-    the loop's body runs for that step. Where steps are guarded, the losses of those that `ft.guard` has skipped are left out of
-    the mean, and `skipped` counts them. A repeated step or a population counts as one step, with the mean of its losses.
+    mean of exactly the last k losses), `seconds` (since the loop began) and what `measure(state)` gives (as `measured.loss`
+    where a row has such a name already). It is there before the loop's body runs for that step. Where steps are guarded, the
+    losses of those that `ft.guard` has skipped are left out of the mean, and `skipped` counts them. A repeated step or a
+    population counts as one step, with the mean of its losses.
 
     - `measure`: state → `{name: number}`, such as `{"accuracy": …}`;
     - `keep`: a `Best`, which is offered the state of each row with the number that is called as its `score`;
     - `directory`: each row is also appended to `metrics.jsonl` there, a JSON object a line, and the state of the newest row is
       `state.safetensors` (for `ft.load_tree`). Both are whole at any time.
 
-    Raises `ArgumentError` for `every` below 1, a measure that gives anything but numbers by name or has a name that rows have
-    already, and a score that no row has; `RunError` for a directory with rows of another history, or when writing fails.
+    Raises `ArgumentError` for `every` below 1, a measure that gives anything but numbers by name, and a score that no row
+    has; `RunError` for a directory with rows of another history, or when writing fails.
 
     Source: PrayTools.jl's `initevalcby`.
 
@@ -110,10 +111,8 @@ class History:
         except ArgumentError as error:
             error.add_note(f"in the measure of a History, at step {self.steps}")
             raise
-        both = [name for name in found if name in row]
-        if both:
-            raise ArgumentError(f"measure gives {', '.join(quoted(both))}, which each row has already: give it another name")
-        return found
+        # ft.evaluate gives a loss as well.
+        return {f"measured.{name}" if name in row else name: value for name, value in found.items()}
 
     def __repr__(self) -> str:
         return f"<History of {self.steps} steps: {len(self.rows)} rows, one every {self.every} steps>"

@@ -12,17 +12,19 @@ from functrain.core import random, tree
 from functrain.core.errors import ArgumentError
 from functrain.core.explain import explain
 from functrain.core.grad import grad as gradient_of
+from functrain.core.loss import Losses
 from functrain.core.reduce.base import Gradient, Reducer
 from functrain.core.tree import Tree
 from functrain.engine.parallel import parallel
-from functrain.testing.comparing import LawError, equal, same_bits, unchanged
+from functrain.testing.comparing import LawError, alike, equal, same_bits, unchanged
 
 # As many parts as reducers need that tell two corrupt ones from the others (Krum: 2f + 3).
 _PARTS = 7
 
 
-def _line(params: Tree, batch: Tree) -> tuple[Tensor, Tensor]:
-    return (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2, batch["weight"]
+def _line(params: Tree, batch: Tree) -> Losses:
+    error = batch["x"] @ params["w"] + params["b"] - batch["y"]
+    return Losses(error**2, batch["weight"], aux={"error": error.abs()})
 
 
 def _line_problem(size: int = 2 * _PARTS) -> tuple[Tree, Tree]:
@@ -36,9 +38,11 @@ def check_reducer(reducer: Reducer, examples: Sequence[Gradient] | None = None) 
     """Check that a reducer is a monoid over gradients, and what it says of itself.
 
     - `merge` is associative, up to rounding, and `lift`, `merge` and `finish` change none of their arguments;
-    - `finish` gives a `Gradient` of the params' structure, and the same bits again (for the same key);
+    - `finish` gives a `Gradient` whose grads are like params (structure, shapes, dtypes), with a 0-d loss, a 0-d weight above
+      zero, and the measures in `aux`, and the same bits again (for the same key);
     - the plans loop, threads and vmap agree;
-    - a `linear` reducer has zero sums as its identity, and over parts gives what one gradient over the batch gives;
+    - a `linear` reducer merges by adding, whatever the size of the numbers, and over parts gives what one gradient over the
+      batch gives;
     - one with `scale` gives, over any number of parts, what its examples give that are lifted one by one.
 
     `examples`: at least three unfinished gradients of the same params; default: seven, of a weighted linear regression.
@@ -57,17 +61,32 @@ def check_reducer(reducer: Reducer, examples: Sequence[Gradient] | None = None) 
     total = _check_merging(name, reducer, lifted)
     key = random.key(3)
     result = unchanged(f"{name}: finish changes nothing", lambda total: reducer.finished(total, key), total)
-    if not isinstance(result, Gradient) or not tree.same_structure(result.grads, examples[0].grads):
-        raise LawError(f"{name}: finish gives a Gradient whose grads are like params, got {explain(result).title}")
+    _check_result(name, result, examples[0])
     same_bits(f"{name}: the same again", reducer.finished(total, key), result)
     _check_plans(name, reducer, params, batch, key)
     if reducer.linear:
-        zero = tree.map(torch.zeros_like, lifted[0])
-        equal(f"{name}: nothing is the identity", reducer.merge(lifted[0], zero), lifted[0])
+        for size in (0.0, 1.0, 1e6):
+            other = tree.map(lambda leaf, size=size: leaf * size, lifted[1])
+            added = tree.map(torch.add, lifted[0], other)
+            equal(f"{name}: linear, so merging adds (sums {size:g} times as large)", reducer.merge(lifted[0], other), added)
         _check_whole(f"{name}: linear, so", reducer, params, batch, reducer.lift(taken(params, batch)), key)
     if reducer.scale is not None:
         ones = [reducer.lift(taken(params, one)) for one in tree.divide(batch, len(batch["y"]))]
         _check_whole(f"{name}: of examples, so", reducer, params, batch, tree.tree_reduce(reducer.merge, ones), key)
+
+
+def _check_result(name: str, result: Any, example: Gradient) -> None:
+    if not isinstance(result, Gradient):
+        raise LawError(f"{name}: finish gives a Gradient whose grads are like params, got {explain(result).title}")
+    alike(f"{name}: finish gives a Gradient whose grads are like params", result.grads, example.grads)
+    for field, value in (("loss", result.loss), ("weight", result.weight)):
+        if not isinstance(value, Tensor) or value.ndim:
+            raise LawError(f"{name}: finish gives a 0-d {field}, got {value!r}")
+    if not result.weight > 0:
+        raise LawError(f"{name}: finish keeps the weight of what it took the mean of, got {result.weight!r}")
+    missing = set(tree.named(example.aux)) - {path.removeprefix("aux.") for path in tree.named(result.aux)}
+    if missing:
+        raise LawError(f"{name}: finish keeps the measures in aux, missing {', '.join(sorted(missing))}")
 
 
 def _check_merging(name: str, reducer: Reducer, lifted: list[Any]) -> Any:

@@ -365,18 +365,14 @@ def test_only_the_blocks_inputs_are_kept(name):
 
 def test_a_compiled_step_keeps_only_the_blocks_inputs():
     depth, layers = 4, 4
-    x, peaks, ends = normal(ROWS, WIDTH, dtype=torch.float32), [], []
-    for change in (lambda block: block, ft.remat):
-        grad, params = deep(change, depth, layers)
-        step = ft.compiled(ft.step(grad, ft.optim.sgd(1e-3)), donate=False)
-        state = step.init(params)
-        ends.append(step.update(state, x)[0].params)
-        peaks.append(peak(lambda step=step, state=state: step.update(state, x)) / x.nbytes)
-    plain, less = peaks
-    assert plain > depth * layers
-    print(peaks)
-    assert less < 0.75 * plain
-    equal("params", ends[1], ends[0])
+    x = normal(ROWS, WIDTH, dtype=torch.float32)
+    (plain, params), (grad, _) = deep(lambda block: block, depth, layers), deep(ft.remat, depth, layers)
+    step = ft.compiled(ft.step(grad, ft.optim.sgd(1e-3)), donate=False)
+    state = step.init(params)
+    new, _ = step.update(state, x)
+    equal("params", new.params, [w - 1e-3 * g for w, g in zip(params, plain.finished(params, x).grads)])
+    # Without rematerialisation 17, and 20 where the compiler may compute both forward passes side by side.
+    assert peak(lambda: step.update(state, x)) / x.nbytes < 0.6 * depth * layers
 
 
 # --- what would lose a gradient --------------------------------------------------------------------------------------

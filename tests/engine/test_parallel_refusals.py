@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import traceback
 
 import pytest
 import torch
 from instances import net_batch, net_loss, net_params
+from torch.overrides import TorchFunctionMode
 
 import functrain as ft
+from functrain.testing import equal
 
 HOWS = ("fused", "loop", "threads", "vmap")
 
@@ -111,3 +114,91 @@ def test_explain_tells_the_cost_in_bytes():
     assert f"memory for gradients: 19 × params ({19 * size / 1024:.1f} KiB)" in text
     assert "exact=True would" in text
     assert "19 × params\n" in str(ft.explain(grad))
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_loss_that_changes_its_batch_or_params_behind_autograds_back(how):
+    def doubling(params, batch):
+        batch["x"].mul_(2)
+        return batch["x"] @ params["w"]
+
+    def training(params, batch):
+        with torch.no_grad():
+            params["w"].mul_(2)
+        return batch["x"] @ params["w"]
+
+    for loss in (doubling, training):
+        with pytest.raises((ft.LossError, RuntimeError), match=r"in place|inplace|in-place"):
+            ft.parallel(ft.grad(loss), 2, how=how)({"w": torch.ones(3)}, net_batch(4))
+
+
+def test_what_a_loss_puts_into_the_dict_of_its_batch_stays_there():
+    def loss(params, batch):
+        batch["x"] = batch["x"] * 2
+        return batch["x"] @ params["w"]
+
+    batch = net_batch(4)
+    before = batch["x"]
+    for how in HOWS:
+        ft.parallel(ft.grad(loss), 2, how=how)({"w": torch.ones(3)}, batch)
+    assert batch["x"] is before
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_negative_weights_are_found_in_every_plan_and_by_clipping(how):
+    batch = net_batch(6)
+    batch["weight"][1] = -0.1
+    for reducer in (ft.reduce.mean, ft.reduce.clip_per_example(1.0)):
+        with pytest.raises(ft.LossError, match="negative"):
+            ft.parallel(ft.grad(net_loss), 2, reducer, how=how).finished(net_params(), batch)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_gradients_in_inference_mode(how):
+    with torch.inference_mode(), pytest.raises(ft.ArgumentError, match="inference_mode"):
+        ft.parallel(ft.grad(net_loss), 2, how=how)(net_params(), net_batch(4))
+
+
+def test_iterators_that_end_in_a_loss_are_errors_and_not_ends():
+    def loss(params, batch):
+        return batch["x"] @ params["w"] * next(iter(()))
+
+    for how in ("fused", "loop", "threads"):
+        with pytest.raises(ft.LossError, match="StopIteration"):
+            ft.parallel(ft.grad(loss), 2, how=how)({"w": torch.ones(3)}, net_batch(4))
+
+
+def test_context_variables_and_torchs_modes_reach_the_workers():
+    scale = contextvars.ContextVar("scale", default=1.0)
+    scale.set(2.0)
+
+    def loss(params, batch):
+        return batch["x"] @ params["w"] * scale.get() * torch.ones(()).to(torch.float32)
+
+    params = {"w": torch.ones(3)}
+    one, other = (ft.parallel(ft.grad(loss), 2, how=how, workers=2)(params, net_batch(4)) for how in ("loop", "threads"))
+    equal("context variables", other, one)
+    seen = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.extend([func] if func is torch.tanh else [])
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        ft.parallel(ft.grad(lambda p, b: torch.tanh(b["x"] @ p["w"])), 2, how="threads", workers=2)(params, net_batch(4))
+    assert seen == [torch.tanh] * 2
+
+
+def test_a_combine_that_forgets_to_reduce_is_told_so():
+    forgot = ft.reduce.gathered("forgot", lambda rows, weights: rows)
+    with pytest.raises(ft.TreeError, match="reduce the first dimension"):
+        ft.parallel(ft.grad(net_loss), 2, forgot).finished(net_params(), net_batch(4))
+
+
+def test_reducers_that_are_not_called_and_too_few_parts():
+    with pytest.raises(ft.ArgumentError, match=r"call it, ft\.reduce\.krum"):
+        ft.parallel(ft.grad(net_loss), 5, ft.reduce.krum)
+    with pytest.raises(ft.ArgumentError, match=r"needs at least 7 parts"):
+        ft.parallel(ft.grad(net_loss), 6, ft.reduce.krum(2))
+    assert "at least 7" in str(ft.explain(ft.reduce.krum(2)))

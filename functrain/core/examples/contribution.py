@@ -59,7 +59,7 @@ def combined(scales: Tensor, grads: Tensor) -> Tensor:
 
 
 def weighted(scales: Tensor, values: Tensor) -> Tensor:
-    """sᵢ vᵢ of values `(N, …)`, in their dtype: a scale that was rounded to a short dtype itself would miss the norm it is for."""
+    """sᵢ vᵢ of values `(N, …)`, in their dtype; a scale that was itself rounded to a short dtype would miss its norm."""
     return (values * scales.to(exact(values.dtype)).view(-1, *(1,) * (values.ndim - 1))).to(values.dtype)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from functrain.core import random, tree
 from functrain.core.deferred import drawn
-from functrain.core.errors import FunctrainError, LossError
+from functrain.core.errors import ArgumentError, FunctrainError, LossError, TreeError
 from functrain.core.examples import recorded, reference
 from functrain.core.examples.batch import Examples
 from functrain.core.examples.reference import Scale
-from functrain.core.grad import Grad, checked_size
+from functrain.core.grad import Grad, as_gradient, check_params, checked_size
 from functrain.core.loss import missing
 from functrain.core.reduce.base import Gradient
 from functrain.core.transforms import inside_transform
@@ -29,7 +29,7 @@ def example_grads(
     grad: Any, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None, budget: int | None = None
 ) -> Gradient:
     """The gradient of each example by itself: grads, loss, weight and aux with leaves `(N, …)`."""
-    examples, bytes = _examples(grad, params, batch, carry, key), budget or BUDGET
+    examples, bytes = _examples(grad, params, batch, carry, key), checked_budget(budget)
     fast = partial(recorded.rows, examples, bytes)
     return _first(examples, fast, lambda one: reference.rows(examples, bytes, one))
 
@@ -48,7 +48,7 @@ def scaled_sum(
 
     `scale(norms (N,)) -> (N,)`; the norms are those of each example's gradient over all leaves together.
     """
-    examples, bytes = _examples(grad, params, batch, carry, key), budget or BUDGET
+    examples, bytes = _examples(grad, params, batch, carry, key), checked_budget(budget)
     fast = partial(recorded.scaled, examples, scale, bytes)
     return _first(examples, fast, lambda one: reference.scaled(examples, scale, bytes, one))
 
@@ -72,9 +72,13 @@ def _as_a_whole(examples: Examples, way: reference.Rows) -> list[str]:
 
 
 def _examples(grad: Any, params: Tree, batch: Tree, carry: Tree, key: Tensor | None) -> Examples:
-    check_lanes(grad)
+    check_lanes(as_gradient(grad))
+    check_params(params, tree.leaves(params))
     batch = drawn(batch)
     size = checked_size(batch)
+    if not all(isinstance(leaf, Tensor) for leaf in tree.leaves(batch)):
+        kinds = ", ".join(f"{path or 'the batch'} is {type(leaf).__name__}" for path, leaf in tree.named(batch).items())
+        raise TreeError(f"examples are taken out of batches of tensors, {kinds}: see torch.as_tensor")
     missing(grad.uses, carry, key)
     keys = random.example_keys(key, size) if key is not None and "key" in grad.uses else None
     return Examples(grad, params, batch, carry, keys, size)
@@ -107,8 +111,17 @@ _MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 def _recordable(examples: Examples) -> bool:
     if type(examples.grad) is not Grad or inside_transform() or torch.compiler.is_dynamo_compiling():
         return False
-    leaves = tree.leaves((examples.params, examples.batch, examples.carry))
-    return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves))
+    tracked = (examples.params, examples.batch, examples.carry) if torch.is_grad_enabled() else ()
+    return not any(leaf.requires_grad for leaf in tree.leaves(tracked))
+
+
+def checked_budget(budget: int | None) -> int:
+    """`budget`, or the default for None; `ArgumentError` for anything but a number of bytes of at least 1."""
+    if budget is None:
+        return BUDGET
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ArgumentError(f"budget must be a number of bytes of at least 1, got {budget!r}")
+    return budget
 
 
 def check_lanes(grad: Any) -> None:

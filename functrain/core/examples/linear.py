@@ -101,9 +101,14 @@ def linear(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(tape: Tape, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     leaf = tape.leaf(weight)
-    if leaf is None or leaf.value.ndim != 2 or tape.known(input):
+    if leaf is None or leaf.value.ndim != 2 or tape.known(input) or _broadcast(tape, bias, leaf):
         return None
     return _product(tape, input, leaf, bias)
+
+
+def _broadcast(tape: Tape, bias: Any, leaf: Leaf) -> bool:
+    """Whether a bias is a leaf that outputs share otherwise than one number each: autograd then tells what is whose."""
+    return tape.known(bias) is not None and bias.shape != leaf.value.shape[:1]
 
 
 def matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
@@ -117,7 +122,7 @@ def matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
         return None
     if first is None:
         return _product(tape, left, leaf.transposed())
-    return _product(tape, right, leaf) if right.ndim == 1 else _product(tape, right.mT, leaf).mT
+    return _product(tape, right, leaf) if right.ndim == 1 else _product(tape, right.mT, leaf).mT.contiguous()
 
 
 def reversed_matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
@@ -128,7 +133,7 @@ def reversed_matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 def addmm(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     """b + x W of a leaf W."""
     leaf = tape.leaf(args[2]) if len(args) == 3 and not kwargs else None
-    if leaf is None or tape.known(args[1]) or args[0].ndim != 1:
+    if leaf is None or tape.known(args[1]) or args[0].ndim != 1 or _broadcast(tape, args[0], leaf.transposed()):
         return None
     return _product(tape, args[1], leaf.transposed(), args[0])
 

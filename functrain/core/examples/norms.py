@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functrain.core.examples.contribution import Contribution, combined, exact, squared
 from functrain.core.examples.linear import together
+from functrain.core.reduce.base import visible
 
 
 class Account(NamedTuple):
@@ -55,7 +56,20 @@ def norms(open: list[Account], size: int, budget: int) -> tuple[Tensor, list[Acc
         return torch.zeros(size, dtype=exact(open[0].leaf.dtype), device=open[0].leaf.device), closed
     if len({square.dtype for square in squares}) > 1:
         squares = [square.double() for square in squares]
-    return torch.stack(squares).sum(0).sqrt(), closed
+    lengths = torch.stack(squares).sum(0).sqrt()
+    if visible(lengths) and not bool(lengths.isfinite().all()):
+        # The squares of finite numbers may not be finite.
+        return _in_doubles(closed, size), closed
+    return lengths, closed
+
+
+def _in_doubles(closed: list[Account], size: int) -> Tensor:
+    """The norms again, float64, one example's gradient at a time."""
+    used = [account for account in closed if account.uses]
+    rows = [
+        sum(_each(account.uses, place, place + 1).double().square().sum() for account in used) for place in range(size)
+    ]
+    return torch.stack([torch.as_tensor(row) for row in rows]).sqrt()
 
 
 def _square(account: Account, size: int, budget: int) -> tuple[Tensor | None, Account]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from functrain.core.examples.contribution import Contribution
 from functrain.core.examples.norms import Account, accounts, norms
 from functrain.core.examples.reference import Scale
 from functrain.core.examples.rules import RULES
-from functrain.core.examples.tape import Tape
+from functrain.core.examples.tape import OverBudgetError, Tape
 from functrain.core.reduce.base import Gradient
 from functrain.core.tree import Tree
 
@@ -36,11 +38,11 @@ class Recording(NamedTuple):
         return Gradient(None, loss, weight, None if carry is None else tree.map(lambda leaf: leaf.flatten(0, 1), carry), aux)
 
 
-def record(examples: Examples) -> Recording:
-    """Run the loss on every example as a batch of one, all together, under torch.func.vmap."""
+def record(examples: Examples, budget: int) -> Recording:
+    """Run the loss on every example as a batch of one, all together, as under torch.func.vmap."""
     grad, params, batch, carry, keys, size = examples
     leaves, params_spec = tree.flatten(params)
-    tape = Tape(leaves, size, RULES)
+    tape = Tape(leaves, size, RULES, budget)
     flat, spec = tree.flatten((batch, carry, keys))
     result = None
 
@@ -63,38 +65,57 @@ def record(examples: Examples) -> Recording:
 
 def rows(examples: Examples, budget: int) -> Gradient:
     """Each example's gradient, loss, weight and aux: leaves `(N, …)`."""
-    recording = record(examples)
-    if (count := _fitting(recording, budget)) < examples.size:
-        del recording
-        return joined([rows(part, budget) for part in examples.parts(count)])
-    with torch.no_grad():
+
+    def taken(recording: Recording) -> Gradient:
         grads = [account.rows(examples.size) for account in recording.accounts()]
-    return recording.gradient()._replace(grads=tree.unflatten(tree.structure(examples.params), grads))
+        return recording.gradient()._replace(grads=tree.unflatten(tree.structure(examples.params), grads))
+
+    return _whole_or_cut(examples, budget, taken, lambda part: rows(part, budget), joined)
 
 
 def scaled(examples: Examples, scale: Scale, budget: int) -> Gradient:
     """Σᵢ s(‖gᵢ‖) gᵢ, Σ loss, Σ weight, Σ aux."""
-    recording = record(examples)
-    if (count := _fitting(recording, budget)) < examples.size:
-        del recording
-        return added([scaled(part, scale, budget) for part in examples.parts(count)])
-    with torch.no_grad():
+
+    def taken(recording: Recording) -> Gradient:
         lengths, found = norms(recording.accounts(), examples.size, budget)
         scales = scale(lengths)
         grads = [account.scaled(scales) for account in found]
         _, loss, weight, carry, aux = recording.gradient()
         loss, weight, aux = tree.map(lambda leaf: leaf.sum(0), (loss, weight, aux))
-    return Gradient(tree.unflatten(tree.structure(examples.params), grads), loss, weight, carry, aux)
+        return Gradient(tree.unflatten(tree.structure(examples.params), grads), loss, weight, carry, aux)
+
+    return _whole_or_cut(examples, budget, taken, lambda part: scaled(part, scale, budget), added)
 
 
-def _fitting(recording: Recording, budget: int) -> int:
-    """How many examples' expanded leaves fit the budget at once: at least one."""
-    return max(1, budget // max(1, recording.tape.bytes_each()))
+def _whole_or_cut(
+    examples: Examples,
+    budget: int,
+    taken: Callable[[Recording], Gradient],
+    again: Callable[[Examples], Gradient],
+    join: Callable[[list[Gradient]], Gradient],
+) -> Gradient:
+    try:
+        recording = record(examples, budget)
+    except OverBudgetError as over:
+        count = over.count
+    else:
+        with _exactly(recording.leaves):
+            return taken(recording)
+    return join([again(part) for part in examples.parts(count)])
+
+
+@contextmanager
+def _exactly(leaves: list[Tensor]) -> Iterator[None]:
+    """Without gradients, and without the shorter dtypes that autocast around the caller would choose for norms and sums."""
+    kind = leaves[0].device.type
+    shortened = torch.is_autocast_enabled(kind)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if shortened else nullcontext():
+        yield
 
 
 def algebra(examples: Examples) -> list[str]:
-    """How the gradient of each leaf is found, in words."""
-    return [_described(account.uses) for account in record(examples).accounts()]
+    """How the gradient of each leaf is found, in words, by the run of a single example."""
+    return [_described(account.uses) for account in record(examples, budget=0).accounts()]
 
 
 def _described(uses: list[Contribution]) -> str:

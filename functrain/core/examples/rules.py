@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from functrain.core.examples.convolution import convolution
+from functrain.core.examples.convolution import convolution, pooling
 from functrain.core.examples.embedding import embedding
 from functrain.core.examples.linear import addmm, linear, matmul, reversed_matmul
 from functrain.core.examples.normalisation import group_norm, layer_norm
@@ -53,7 +53,8 @@ def _attention(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     plain = len(args) == 3 and kwargs.get("attn_mask") is None and not kwargs.get("dropout_p")
     if not plain or not tape.apart() or any(map(tape.known, args)):
         return None
-    if min(side.ndim for side in args) < 3 or len({side.shape[0] for side in args}) > 1:
+    # Sides of fewer dimensions are shared by all in a way that rows of one call would not share them.
+    if args[0].ndim < 3 or len({(side.ndim, side.shape[0]) for side in args}) > 1:
         return None
     sides = [tape.physical(side) for side in args]
     done = func(*(side.flatten(0, 1) for side in sides), **kwargs)
@@ -102,6 +103,7 @@ RULES: dict[Any, Rule] = {
     torch.conv1d: partial(convolution, 1),
     torch.conv2d: partial(convolution, 2),
     torch.conv3d: partial(convolution, 3),
+    torch.max_pool2d: pooling,
     F.embedding: embedding,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,

@@ -29,6 +29,14 @@ class UnfitError(RuntimeError):
     """The gradients of single examples cannot be told from this run of the loss: take another way."""
 
 
+class OverBudgetError(UnfitError):
+    """The expanded leaves of all examples would take more than the budget: take `count` of them at a time."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"the budget is enough for {count} examples at a time")
+        self.count = count
+
+
 class Leaf(NamedTuple):
     """A parameter as the loss sees it.
 
@@ -73,9 +81,9 @@ class Tape(TorchFunctionMode):
     keeps must not have been written to.
     """
 
-    def __init__(self, leaves: Iterable[Tensor], size: int, rules: Mapping[Any, Rule]) -> None:
+    def __init__(self, leaves: Iterable[Tensor], size: int, rules: Mapping[Any, Rule], budget: int) -> None:
         super().__init__()
-        self.size, self.rules = size, rules
+        self.size, self.rules, self.budget = size, rules, budget
         self.level = 0
         self.raw = [leaf.detach().requires_grad_() for leaf in leaves]
         self.uses: list[Use] = []
@@ -156,16 +164,14 @@ class Tape(TorchFunctionMode):
         """
         # The edge, not the tensor: a loss may write into what it is given (nn.ReLU(inplace=True)). The edge of a view
         # would then lead nowhere.
-        output = output.clone() if output._is_view() else output
+        # Contiguous, as the loss finds it in a run by itself: of other layouts a view may be a copy, and in-place changes
+        # of the one would not reach the other.
+        output = output.clone() if output._is_view() else output.contiguous()
         self.uses.append(Use(_edge(output), input, makes))
         self._frozen.append((input, input._version))
         return self.batched(output.view(tuple(shape)))
 
     # --- afterwards ---
-
-    def bytes_each(self) -> int:
-        """How many bytes the gradients of one example's expanded leaves take."""
-        return sum(self.raw[place].numel() * self.raw[place].element_size() for place in self.expanded)
 
     def contributions(self, loss: Tensor) -> list[list[Contribution]]:
         """For each leaf what its uses contribute to each example's gradient of that example's loss `(N,)`."""
@@ -200,16 +206,22 @@ class Tape(TorchFunctionMode):
         leaf = self._known.get(id(value))
         if leaf is None:
             return value
-        expanded = self.expanded.get(leaf.place)
-        if expanded is None:
-            live = self._live[leaf.place]
-            # Made inside a transform in the loss, it would belong to that.
-            with temporarily_clear_interpreter_stack():
-                expanded = self.expanded[leaf.place] = live.expand(self.size, *live.shape)
-        copy = self.batched(expanded)
+        copy = self.batched(self._expanded(leaf.place))
         for step in leaf.steps:
             copy = step(copy)
         return copy
+
+    def _expanded(self, place: int) -> Tensor:
+        if place not in self.expanded:
+            live = self._live[place]
+            # Made inside a transform in the loss, it would belong to that.
+            with temporarily_clear_interpreter_stack():
+                self.expanded[place] = live.expand(self.size, *live.shape)
+            each = sum(leaf[0].numel() * leaf.element_size() for leaf in self.expanded.values())
+            # Before anything is computed with them: even a product with a number would be one for each example.
+            if each * self.size > self.budget and self.size > 1:
+                raise OverBudgetError(max(1, self.budget // each))
+        return self.expanded[place]
 
 
 def _edge(output: Tensor) -> GradientEdge:

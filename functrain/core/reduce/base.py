@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from functrain.core import random, tree
-from functrain.core.errors import LossError
+from functrain.core.errors import ArgumentError, LossError
+from functrain.core.explain import Stage
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
@@ -45,7 +47,8 @@ class Reducer:
       gradients are never all alive at once. `merge` then adds;
     - `keyed`: it draws random numbers: `finish(total, key)`;
     - `copies`: how many trees like params one lifted gradient holds, and `gathers`: whether merging keeps all of them
-      (order statistics have to see every part); both for `explain`.
+      (order statistics have to see every part); both for `explain`;
+    - `least`: the fewest parts that it can tell anything from.
 
     A reducer of one's own takes a few lines, here the part with the largest loss:
 
@@ -63,9 +66,28 @@ class Reducer:
     keyed: bool = False
     copies: int = 1
     gathers: bool = False
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        wrong = [name for name in ("merge", "finish", "lift") if not callable(getattr(self, name))]
+        if wrong or not isinstance(self.name, str):
+            what = f"{wrong[0]} is {getattr(self, wrong[0])!r}" if wrong else f"name is {self.name!r}"
+            raise ArgumentError(f"a Reducer has a name and functions merge, finish and lift; {what}")
 
     def __repr__(self) -> str:
         return f"reduce.{self.name}"
+
+    def explain(self) -> Stage:
+        """What the reducer needs."""
+        sees = "sums alone: parts may be fused" if self.linear else "every part's gradient, kept to the end"
+        if self.scale is not None:
+            sees = "the norm of each example's gradient"
+        elif not self.linear and not self.gathers:
+            sees = "each part's gradient, merged as it comes"
+        facts = {"sees": sees, "randomness": "drawn once, keyed" if self.keyed else "none"}
+        if self.least > 1:
+            facts["parts"] = f"at least {self.least}"
+        return Stage(repr(self), facts)
 
     def finished(self, total: Any, key: Tensor | None) -> Gradient:
         """`finish`, given a key of its own when the reducer draws random numbers."""
@@ -106,7 +128,12 @@ def visible(value: Tensor) -> bool:
 
 def checked_weight(weight: Tensor) -> None:
     """Raise `LossError` where the mean over nothing is asked for, as far as that can be seen without waiting for a device."""
-    if visible(weight) and not weight.item():
+    if not visible(weight):
+        return
+    value = weight.item()
+    if math.isnan(value):
+        raise LossError("the weights of this batch have negative ones or NaN among them: weights are numbers of at least 0")
+    if not value:
         raise LossError("the weights of this batch sum to zero: there is nothing to take the mean of; leave such batches out")
 
 
@@ -115,9 +142,10 @@ def divided(values: Tree, by: Tensor) -> Tree:
     return tree.map(lambda leaf: leaf / by.to(leaf.dtype), values)
 
 
-def mean_of(total: Gradient) -> Gradient:
-    """The finished mean of an unfinished sum: gradients, loss and aux divided by the weight."""
-    checked_weight(total.weight)
+def mean_of(total: Gradient, check: bool = True) -> Gradient:
+    """The finished mean of an unfinished sum: gradients, loss and aux divided by the weight, which must not be zero."""
+    if check:
+        checked_weight(total.weight)
     grads, loss, aux = divided((total.grads, total.loss, total.aux), total.weight)
     return total._replace(grads=grads, loss=loss, aux=aux)
 

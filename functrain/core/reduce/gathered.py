@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
-from functrain.core.errors import LossError
+from functrain.core.errors import LossError, TreeError
 from functrain.core.reduce.base import Gradient, Reducer, add, divided, mean_of, visible
 from functrain.core.tree import Tree
 
@@ -31,7 +31,9 @@ def merge(left: Rows, right: Rows) -> Rows:
     return left + right
 
 
-def gathered(name: str, combine: Combine, *, keyed: bool = False, stacked: bool = True) -> Reducer:
+def gathered(
+    name: str, combine: Combine, *, keyed: bool = False, stacked: bool = True, robust: bool = False, least: int = 1
+) -> Reducer:
     """A reducer out of `combine(rows, weights) -> grads`.
 
     - `rows`: like params, each leaf `(K, …)`: the mean gradient of each of K parts, in order. Not `stacked`: a list of K trees
@@ -39,18 +41,41 @@ def gathered(name: str, combine: Combine, *, keyed: bool = False, stacked: bool 
     - `weights`: `(K,)` float64: the weight of each part;
     - returns grads like params, without the K.
 
-    Keyed: `combine(rows, weights, key)`. Loss and aux are the weighted means over all examples, as always. A part whose
-    weights sum to zero has no mean gradient: `LossError`, where that can be seen.
+    Keyed: `combine(rows, weights, key)`. Loss and aux are the weighted means over all examples, as always; those of a
+    `robust` reducer leave out the parts whose loss is not finite, so that a run that survives them can go on. A part whose
+    weights sum to zero has no mean gradient: `LossError`, where that can be seen. With fewer parts than `least` the reducer
+    means nothing: `parallel` refuses them.
     """
 
     def finish(parts: Rows, *key: Tensor) -> Gradient:
         weights = torch.stack([part.weight for part in parts])
         check_parts(weights)
         means = [divided(part.grads, part.weight) for part in parts]
-        total: Gradient = tree.tree_reduce(add, [part._replace(grads=(), carry=None) for part in parts])  # type: ignore[arg-type]
-        return mean_of(total)._replace(grads=combine(tree.stack(means) if stacked else means, weights, *key))
+        reported = [part._replace(grads=(), carry=None) for part in parts]
+        whole: Gradient = tree.tree_reduce(add, [_finite(part) for part in reported] if robust else reported)  # type: ignore[arg-type]
+        grads = combine(tree.stack(means) if stacked else means, weights, *key)
+        _check_combined(name, grads, parts[0].grads)
+        return mean_of(whole, check=not robust)._replace(grads=grads, weight=tree.tree_reduce(torch.add, weights.unbind()))
 
-    return Reducer(name, merge, finish, lift, keyed=keyed, gathers=True)
+    return Reducer(name, merge, finish, lift, keyed=keyed, gathers=True, least=least)
+
+
+def _check_combined(name: str, grads: Tree, like: Tree) -> None:
+    """Raise `TreeError` for what is not like params: added to them, it would be broadcast in silence."""
+    spec = tree.structure(like)
+    for place, (leaf, expected) in enumerate(zip(tree.leaves_like(spec, grads, like), tree.leaves(like))):
+        if not isinstance(leaf, Tensor) or leaf.shape != expected.shape:
+            got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TreeError(
+                f"{name}: combine(rows, weights) gave {tree.paths(like)[place]!r} as {got}, params have "
+                f"{tuple(expected.shape)}: reduce the first dimension of every row leaf, K, and keep the others"
+            )
+
+
+def _finite(part: Gradient) -> Gradient:
+    """What a part reports, or nothing at all where its loss is not finite."""
+    finite = part.loss.isfinite()
+    return tree.map(lambda leaf: torch.where(finite, leaf, torch.zeros_like(leaf)), part)
 
 
 def check_parts(weights: Tensor) -> None:

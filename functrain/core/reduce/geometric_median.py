@@ -31,7 +31,7 @@ def geometric_median(*, steps: int = 16, smoothing: float = 1e-6) -> Reducer:
     It survives less than half: if parts with a share α < ½ of all weight are corrupt, and the others' gradients are within
     r of some point, then the result is within 2 (1 − α) / (1 − 2α) · r of it, whatever the corrupt ones send. A part whose
     squared norm is not finite (or above 10³⁰⁰) has weight zero; with no other part the result is NaN. Loss and aux are
-    weighted means over all examples, and so not robust.
+    weighted means over the parts whose loss is finite.
 
     Raises `ArgumentError` for less than one step, or a smoothing that is not above 0.
 
@@ -54,7 +54,7 @@ def geometric_median(*, steps: int = 16, smoothing: float = 1e-6) -> Reducer:
     def combine(rows: Sequence[Tree], weights: Tensor) -> Tree:
         return select(rows, shares(inner_products(rows), weights, steps, smoothing))
 
-    return gathered(f"geometric_median(steps={steps}, smoothing={smoothing:g})", combine, stacked=False)
+    return gathered(f"geometric_median(steps={steps}, smoothing={smoothing:g})", combine, stacked=False, robust=True)
 
 
 def shares(products: Tensor, weights: Tensor, steps: int, smoothing: float) -> Tensor:

@@ -17,7 +17,7 @@ def krum(corrupt: int) -> Reducer:
     """The mean gradient of one part: of the one closest to its K − f − 2 nearest others, f = `corrupt`.
 
     Part k scores Σ ‖gₖ − gⱼ‖² over its K − f − 2 nearest others j, over all leaves together; the lowest score is taken, the
-    first of equals. Weights of parts do not matter. Loss and aux are weighted means over all examples, and so not robust.
+    first of equals. Weights of parts do not matter. Loss and aux are weighted means over the parts whose loss is finite.
 
     It survives f corrupt parts of K ≥ 2f + 3: one that is far from all others is never taken. A part whose gradient is not
     finite, or so large that squared distances are not, is infinitely far from all, and so never taken while at
@@ -77,7 +77,7 @@ def _best(kind: str, corrupt: int, keep: int | None) -> Reducer:
             )
         return select(rows, _shares(scores(squared_distances(rows), corrupt), weights, kept))
 
-    return gathered(name, combine, stacked=False)
+    return gathered(name, combine, stacked=False, robust=True, least=2 * corrupt + 3)
 
 
 def scores(squared: Tensor, corrupt: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The median of the parts, coordinate by coordinate.
 
 With gₖ the mean gradient of part k of K, at each coordinate: the middle one of g₁ … g_K, or for even K the mean of the two in
-the middle. Every part counts once, whatever its weight; loss and aux are weighted means over all examples, and so not robust.
+the middle. Every part counts once, whatever its weight; loss and aux are weighted means over the parts whose loss is finite.
 
 It survives fewer than half: with at most ⌊(K − 1) / 2⌋ corrupt parts, whatever they send, each coordinate stays within the
 range of the others' values there. A NaN is no value: at its coordinate the median is that of the other parts (±∞ are

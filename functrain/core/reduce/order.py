@@ -43,7 +43,7 @@ def coordinatewise(name: str, combine: Combine) -> Reducer:
                 results[place] = piece.reshape(results[place].shape)
         return tree.unflatten(specs[0], results)
 
-    return gathered(name, whole, stacked=False)
+    return gathered(name, whole, stacked=False, robust=True)
 
 
 def _sifted(values: Sequence[Tensor], combine: Combine) -> Tensor:

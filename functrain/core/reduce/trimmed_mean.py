@@ -17,7 +17,7 @@ def trimmed_mean(share: float) -> Reducer:
     """The trimmed mean over parts: without the b = ⌊share · K⌋ smallest and the b largest values of each coordinate.
 
     With g₍₁₎ ≤ … ≤ g₍K₎ the mean gradients of K parts at one coordinate, in order: Σ_{b < k ≤ K − b} g₍ₖ₎ / (K − 2b). Every
-    part counts once, whatever its weight; loss and aux are weighted means over all examples, and so not robust.
+    part counts once, whatever its weight; loss and aux are weighted means over the parts whose loss is finite.
 
     It survives b corrupt parts: whatever they send, each coordinate stays within the range of the others' values there.
     The share is rounded down: to survive f of K parts, ask for f / K (or a little more); with fewer than 1 / share parts it is
