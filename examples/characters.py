@@ -113,3 +113,7 @@ def experiment(config: Config) -> ft.Experiment:
     return ft.Experiment(
         step, params, train, config.epochs, evaluate, seed=config.seed, score="valid/loss", maximize=False
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit("this is a program for the command line: functrain train examples/characters.py")

@@ -113,3 +113,7 @@ def experiment(config: Config) -> ft.Experiment:
     return ft.Experiment(
         step, params, train, config.epochs, evaluate, seed=config.seed, depth=config.depth, score="test/accuracy"
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit("this is a program for the command line: functrain train examples/digits.py")

@@ -95,3 +95,7 @@ def experiment(config: Config) -> ft.Experiment:
     return ft.Experiment(
         step, params, train, config.epochs, evaluate, seed=config.seed, depth=2, score="test/accuracy", facts=facts
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit("this is a program for the command line: functrain train examples/private.py")

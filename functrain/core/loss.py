@@ -167,8 +167,8 @@ def _summed(weights: Tensor) -> Tensor:
     total = weights.sum(dtype=torch.float64)
     if weights.is_cpu and not inside_transform() and not inside_tracing():
         return total
-    # Negative weights cannot be raised here: a weight that is no number is an error, or is seen, where the mean is taken.
-    return torch.where((weights < 0).any(), math.nan, total)
+    # Negative weights cannot be raised here: they are where the mean is taken, or give params that are no numbers.
+    return torch.where((weights < 0).any(), -math.inf, total)
 
 
 def _aux_total(leaf: Tensor, weights: Tensor | None, shape: torch.Size) -> Tensor:

@@ -33,7 +33,7 @@ def epsilon(*, noise: float, rate: float, steps: int, delta: float, accountant: 
 
     - `noise`: the noise multiplier, as in `ft.reduce.private(norm, noise)`;
     - `rate`: the probability with which each row is in a batch, in (0, 1], as in `source.poisson(rate, seed)`;
-    - `steps`: the number of updates, at least 1: `state.position` tells how many there were;
+    - `steps`: the number of updates, at least 1: `int(state.position)` tells how many there were;
     - `delta`: in (0, 1); well below 1 / n for n rows;
     - `accountant`: `"prv"`, `"rdp"` or `"gdp"`, see the module. Where the RDP bound is above 100, which protects next to
       nothing, `"prv"` gives that bound: PRV's own computation needs gigabytes there, and overflows.

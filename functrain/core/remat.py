@@ -34,7 +34,8 @@ def remat(function: Function) -> Function:
 
     Where vmap is inside of grad, the gradient of what it does not map over is taken for each lane before it is summed. A call
     costs a fraction of a millisecond more outside of compiled steps: give it blocks, not single operations. Every floating
-    result counts as differentiable, those that the function detached with a gradient of zero.
+    result counts as differentiable, those that the function detached with a gradient of zero. The first call in a process
+    takes a second or more: torch loads its transforms.
 
     The function has to be pure. Params and whatever else gradients are taken of, or that vmap maps over, are arguments; other
     tensors may be closed over. Random numbers come from keys (`ft.random`), so that they are the same both times.

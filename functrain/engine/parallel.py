@@ -210,7 +210,7 @@ class Parallel:
                 batch = tree.map(like_its_own, batch)
             return self._sum(params, batch, part.carry, part.keys)
         except Exception as error:
-            error.add_note(f"in {part.place} ({part.size} examples) of a batch")
+            error.add_note(f"in {part.place} ({part.size} example{'s' * (part.size > 1)}) of a batch")
             raise
 
     def _sum(self, params: Tree, batch: Tree, carry: Tree, keys: Tensor | None) -> Gradient:

@@ -24,8 +24,8 @@ class Contribution:
         """The gradients of the examples from start to stop: `(n, *leaf.shape)`."""
         raise NotImplementedError
 
-    def squares(self) -> Tensor | None:
-        """‖gᵢ‖² of every example `(N,)` where there is a way without the gradients themselves that is cheaper; else None."""
+    def norms(self) -> Tensor | None:
+        """‖gᵢ‖ of every example `(N,)` where there is a way without the gradients themselves that is cheaper; else None."""
         return None
 
     def scaled(self, scales: Tensor) -> Tensor:
@@ -63,10 +63,17 @@ def weighted(scales: Tensor, values: Tensor) -> Tensor:
     return (values * scales.to(exact(values.dtype)).view(-1, *(1,) * (values.ndim - 1))).to(values.dtype)
 
 
-def squared(grads: Tensor) -> Tensor:
-    """‖gᵢ‖² `(N,)` of gradients `(N, …)` that are there: in float32 at least."""
+def lengths(grads: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """‖gᵢ‖ `(N,)` of gradients `(N, …)` that are there: by default in float32 at least."""
     rows = grads if grads.ndim == 2 else _dense(grads)[0]
-    return torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1, dtype=exact(grads.dtype)).square()
+    return torch.linalg.vector_norm(rows.reshape(len(rows), -1), dim=1, dtype=dtype or exact(grads.dtype))
+
+
+def overall(norms: list[Tensor]) -> Tensor:
+    """‖gᵢ‖ `(N,)` over all leaves, of the norms over each, in the widest of their dtypes."""
+    if len({norm.dtype for norm in norms}) > 1:
+        norms = [norm.double() for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def _dense(grads: Tensor) -> tuple[Tensor, list[int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from functrain.core.examples.contribution import SHIFT, Contribution, Rows, weighted
+from functrain.core.examples.contribution import SHIFT, Contribution, Rows, lengths, weighted
 from functrain.core.examples.linear import gram, gram_pays, norms_by
 from functrain.core.examples.tape import Make, Tape
 from functrain.core.transforms import inside_tracing
@@ -65,12 +65,12 @@ class Convolution(Contribution):
         grads = self._grads(inputs, outputs)
         return grads.unflatten(0, (stop - start, self.blocks)).sum(1) if self.blocks > 1 else grads
 
-    def squares(self) -> Tensor | None:
+    def norms(self) -> Tensor | None:
         if not self.pairs_pay():
             return None
         inputs, outputs = self.inputs.flatten(0, 1), self.outputs.flatten(0, 1)
         found = [gram(*(side.mT for side in self._sides(*block))) for block in self._cut(inputs, outputs)]
-        return torch.cat(found).unflatten(0, (-1, self.geometry.groups)).sum(1)
+        return lengths(torch.cat(found).unflatten(0, (-1, self.geometry.groups)))
 
     def scaled(self, scales: Tensor) -> Tensor:
         stride, padding, dilation, groups = self.geometry
@@ -176,7 +176,8 @@ def _convolved(
     x = tape.physical(input)
     alone = input.ndim == dimensions + 1
     outer = (x.shape[0], 1) if alone else x.shape[:2]
-    images = channels_last(x if alone else x.flatten(0, 1))
+    images = x if alone else x.flatten(0, 1)
+    images = channels_last(images) if tape.relay else images
     y = func(images, leaf.of(images), None if shift is None else shift.value, stride, padding, dilation, groups)
     shape = leaf.value.shape
     moves, spread = _each(stride, dimensions), _each(dilation, dimensions)
@@ -194,7 +195,7 @@ def _convolved(
 def pooling(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     """Pooling of images with channels last: torch goes through them twice more for a gradient whose channels come first."""
     done = func(*args, **kwargs)
-    if not tape.apart():
+    if not tape.relaid or not tape.apart() or not isinstance(done, Tensor):
         return done
     output = tape.physical(done)
     shape = output.shape

@@ -35,12 +35,12 @@ class Embedding(Contribution):
         grads = grads.index_add(0, (self.tokens[start:stop] + first).flatten(), outputs.flatten(0, 1))
         return grads.view(stop - start, self.rows, -1)
 
-    def squares(self) -> Tensor | None:
+    def norms(self) -> Tensor | None:
         if not self.by_pairs:
             return None
         outputs = self.outputs.to(exact(self.outputs.dtype))
         equal = self.tokens.unsqueeze(1) == self.tokens.unsqueeze(2)
-        return torch.bmm(outputs, outputs.mT).masked_fill(~equal, 0).sum((1, 2)).clamp_min(0)
+        return torch.bmm(outputs, outputs.mT).masked_fill(~equal, 0).sum((1, 2)).clamp_min(0).sqrt()
 
     def scaled(self, scales: Tensor) -> Tensor:
         outputs = weighted(scales, self.outputs)

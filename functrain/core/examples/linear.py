@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from functrain.core.examples.contribution import SHIFT, Contribution, Rows, exact, squared, summed, weighted
+from functrain.core.examples.contribution import SHIFT, Contribution, Rows, exact, lengths, weighted
 from functrain.core.examples.tape import Leaf, Make, Tape
 
 # What writing and reading one number of a gradient costs, in multiplications: so much dearer is an example's own gradient.
@@ -29,44 +29,52 @@ class Linear(Contribution):
     model at small cost", arXiv 2210.00038.
     """
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
+    def __init__(self, left: Tensor, right: Tensor, size: int) -> None:
         if left.dtype != right.dtype:
             # Under autocast an input may be wider than the product that it went into.
             narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
             left, right = left.to(narrow), right.to(narrow)
-        self.left, self.right = left, right
-        self.positions = left.shape[1]
-        self.elements = left.shape[2] * right.shape[2]
+        # Rows by example and position, `(N L, ·)`: views are not for nothing where layers are small.
+        self.left, self.right, self.size = left, right, size
+        self.positions, self.elements = len(left) // size, left.shape[1] * right.shape[1]
         self.algebra = f"linear: {norms_by(*self._shape())}"
 
     def each(self, start: int, stop: int) -> Tensor:
-        left, right = self.left[start:stop], self.right[start:stop]
+        left, right = (side[start:stop] for side in self.sides())
         return left.mT * right if self.positions == 1 else torch.bmm(left.mT, right)
 
-    def squares(self) -> Tensor | None:
+    def norms(self) -> Tensor | None:
         if self.positions == 1:
-            return squared(self.left.squeeze(1)) * squared(self.right.squeeze(1))
-        return gram(self.left, self.right) if gram_pays(*self._shape()) else None
+            return lengths(self.left) * lengths(self.right)
+        return gram(*self.sides()) if gram_pays(*self._shape()) else None
 
     def scaled(self, scales: Tensor) -> Tensor:
         left, right = self.left, self.right
-        if left.shape[2] <= right.shape[2]:
+        scales = scales if self.positions == 1 else scales.repeat_interleave(self.positions)
+        if left.shape[1] <= right.shape[1]:
             left = weighted(scales, left)
         else:
             right = weighted(scales, right)
-        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+        return left.t() @ right
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """a `(N, L, ·)` and b `(N, L, ·)`."""
+        shape = self.size, self.positions, -1
+        return self.left.view(shape), self.right.view(shape)
 
     def _shape(self) -> tuple[int, int, int]:
-        return self.positions, self.left.shape[2], self.right.shape[2]
+        return self.positions, self.left.shape[1], self.right.shape[1]
 
 
 def together(uses: list[Contribution]) -> list[Contribution]:
     """Uses of one leaf, those as a matrix joined into one over all their positions (a cell that is applied T times)."""
+    if len(uses) == 1:
+        return uses
     linear = [use for use in uses if isinstance(use, Linear)]
     if len(linear) < 2 or len({use.left.dtype for use in linear}) > 1:
         return uses
-    joined = Linear(torch.cat([use.left for use in linear], 1), torch.cat([use.right for use in linear], 1))
-    return [joined, *(use for use in uses if not isinstance(use, Linear))]
+    left, right = (torch.cat(sides, 1).flatten(0, 1) for sides in zip(*(use.sides() for use in linear)))
+    return [Linear(left, right, linear[0].size), *(use for use in uses if not isinstance(use, Linear))]
 
 
 def gram_pays(positions: int, wide: int, high: int) -> bool:
@@ -75,11 +83,11 @@ def gram_pays(positions: int, wide: int, high: int) -> bool:
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:
-    """‖Σₗ aᵢₗ bᵢₗᵀ‖² `(N,)` of a `(N, L, I)` and b `(N, L, O)`."""
+    """‖Σₗ aᵢₗ bᵢₗᵀ‖ `(N,)` of a `(N, L, I)` and b `(N, L, O)`."""
     left, right = left.to(exact(left.dtype)), right.to(exact(right.dtype))
     pairs = torch.bmm(left, left.mT) * torch.bmm(right, right.mT)
     # Rounding may leave the square of a zero norm below zero.
-    return pairs.sum((1, 2)).clamp_min(0)
+    return pairs.sum((1, 2)).clamp_min(0).sqrt()
 
 
 def norms_by(positions: int, wide: int, high: int) -> str:
@@ -122,7 +130,7 @@ def matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
         return None
     if first is None:
         return _product(tape, left, leaf.transposed())
-    return _product(tape, right, leaf) if right.ndim == 1 else _product(tape, right.mT, leaf).mT.contiguous()
+    return _product(tape, right, leaf) if right.ndim == 1 else tape.laid(_product(tape, right.mT, leaf).mT)
 
 
 def reversed_matmul(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
@@ -147,12 +155,15 @@ def _product(tape: Tape, input: Tensor, leaf: Leaf, bias: Tensor | None = None) 
     y = F.linear(flat, leaf.of(flat), None if shift is None else shift.value)
     size = len(x)
 
-    def contribution(x: Tensor, grad: Tensor) -> Contribution:
-        inputs, outputs = x.view(size, -1, x.shape[1]), grad.view(size, -1, grad.shape[1])
-        return Linear(inputs, outputs) if leaf.flipped else Linear(outputs, inputs)
+    def matrix(x: Tensor, grad: Tensor) -> Contribution:
+        return Linear(x, grad, size) if leaf.flipped else Linear(grad, x, size)
 
-    makes: list[tuple[int, Make]] = [(leaf.place, contribution)]
+    makes: list[tuple[int, Make]] = [(leaf.place, matrix)]
     if shift is not None:
-        makes.append((shift.place, lambda x, grad: Rows(summed(grad.view(size, -1, grad.shape[1])), SHIFT)))
+        makes.append((shift.place, lambda x, grad: Rows(_shifts(grad, size), SHIFT)))
     done = tape.record(flat, y, makes, (*x.shape[:-1], y.shape[1]))
     return done if bias is None or shift is not None else done + bias
+
+
+def _shifts(grad: Tensor, size: int) -> Tensor:
+    return grad if len(grad) == size else grad.view(size, -1, grad.shape[1]).sum(1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functrain.core.examples.contribution import Contribution, combined, exact, squared
+from functrain.core.examples.contribution import Contribution, combined, exact, lengths, overall
 from functrain.core.examples.linear import together
 from functrain.core.reduce.base import visible
 
@@ -44,47 +44,43 @@ def norms(open: list[Account], size: int, budget: int) -> tuple[Tensor, list[Acc
     At most `budget` bytes of gradients of single examples are alive at once; what does not fit is computed in blocks
     of examples, and once more for the sums.
     """
-    squares, closed = [], []
+    found, closed = [], []
     for account in open:
-        square, account = _square(account, size, budget)
+        norm, account = _norm(account, size, budget)
         if account.grads is not None:
             budget -= account.grads.numel() * account.grads.element_size()
         closed.append(account)
-        if square is not None:
-            squares.append(square)
-    if not squares:
+        if norm is not None:
+            found.append(norm)
+    if not found:
         return torch.zeros(size, dtype=exact(open[0].leaf.dtype), device=open[0].leaf.device), closed
-    if len({square.dtype for square in squares}) > 1:
-        squares = [square.double() for square in squares]
-    lengths = torch.stack(squares).sum(0).sqrt()
-    if visible(lengths) and not bool(lengths.isfinite().all()):
+    total = overall(found)
+    if visible(total) and not bool(total.isfinite().all()):
         # The squares of finite numbers may not be finite.
         return _in_doubles(closed, size), closed
-    return lengths, closed
+    return total, closed
 
 
 def _in_doubles(closed: list[Account], size: int) -> Tensor:
     """The norms again, float64, one example's gradient at a time."""
     used = [account for account in closed if account.uses]
-    rows = [
-        sum(_each(account.uses, place, place + 1).double().square().sum() for account in used) for place in range(size)
-    ]
+    rows = [sum(_each(account.uses, place, place + 1).double().square().sum() for account in used) for place in range(size)]
     return torch.stack([torch.as_tensor(row) for row in rows]).sqrt()
 
 
-def _square(account: Account, size: int, budget: int) -> tuple[Tensor | None, Account]:
+def _norm(account: Account, size: int, budget: int) -> tuple[Tensor | None, Account]:
     leaf, uses, _ = account
     if not uses:
         return None, account
     # The norm of a sum is no sum of norms: only a leaf that is used once has a shortcut.
-    known = uses[0].squares() if len(uses) == 1 else None
+    known = uses[0].norms() if len(uses) == 1 else None
     if known is not None:
         return known, account
     count = max(1, budget // max(1, uses[0].elements * leaf.element_size()))
     if count >= size:
         grads = _each(uses, 0, size)
-        return squared(grads), account._replace(grads=grads)
-    blocks = [squared(_each(uses, start, min(start + count, size))) for start in range(0, size, count)]
+        return lengths(grads), account._replace(grads=grads)
+    blocks = [lengths(_each(uses, start, min(start + count, size))) for start in range(0, size, count)]
     return torch.cat(blocks), account
 
 

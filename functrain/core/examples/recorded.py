@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from functrain.core.examples.contribution import Contribution
 from functrain.core.examples.norms import Account, accounts, norms
 from functrain.core.examples.reference import Scale
 from functrain.core.examples.rules import RULES
-from functrain.core.examples.tape import OverBudgetError, Tape
+from functrain.core.examples.tape import LayoutError, OverBudgetError, Tape
 from functrain.core.reduce.base import Gradient
 from functrain.core.tree import Tree
+
+Result = TypeVar("Result")
 
 
 class Recording(NamedTuple):
@@ -38,11 +40,11 @@ class Recording(NamedTuple):
         return Gradient(None, loss, weight, None if carry is None else tree.map(lambda leaf: leaf.flatten(0, 1), carry), aux)
 
 
-def record(examples: Examples, budget: int) -> Recording:
-    """Run the loss on every example as a batch of one, all together, as under torch.func.vmap."""
+def record(examples: Examples, budget: int, relay: bool = True) -> Recording:
+    """Run the loss on every example as a batch of one, all together, as under torch.func.vmap (`relay`: see `Tape`)."""
     grad, params, batch, carry, keys, size = examples
     leaves, params_spec = tree.flatten(params)
-    tape = Tape(leaves, size, RULES, budget)
+    tape = Tape(leaves, size, RULES, budget, relay)
     flat, spec = tree.flatten((batch, carry, keys))
     result = None
 
@@ -95,13 +97,25 @@ def _whole_or_cut(
     join: Callable[[list[Gradient]], Gradient],
 ) -> Gradient:
     try:
-        recording = record(examples, budget)
+        return _laid(examples, budget, taken)
     except OverBudgetError as over:
         count = over.count
-    else:
+    return join([again(part) for part in examples.parts(count)])
+
+
+def _laid(examples: Examples, budget: int, taken: Callable[[Recording], Result]) -> Result:
+    """What is taken of a recording, with its tensors in the fastest layout, or in that which the loss counts on."""
+
+    def run(relay: bool) -> Result:
+        recording = record(examples, budget, relay)
         with _exactly(recording.leaves):
             return taken(recording)
-    return join([again(part) for part in examples.parts(count)])
+
+    try:
+        return run(relay=True)
+    except LayoutError:
+        pass
+    return run(relay=False)
 
 
 @contextmanager
@@ -115,7 +129,7 @@ def _exactly(leaves: list[Tensor]) -> Iterator[None]:
 
 def algebra(examples: Examples) -> list[str]:
     """How the gradient of each leaf is found, in words, by the run of a single example."""
-    return [_described(account.uses) for account in record(examples, budget=0).accounts()]
+    return _laid(examples, 0, lambda recording: [_described(account.uses) for account in recording.accounts()])
 
 
 def _described(uses: list[Contribution]) -> str:

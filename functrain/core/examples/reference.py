@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functrain.core import tree
 from functrain.core.examples.batch import Examples, added, joined
-from functrain.core.examples.contribution import combined, exact, squared
+from functrain.core.examples.contribution import combined, exact, lengths, overall
 from functrain.core.grad import summed
 from functrain.core.reduce.base import Gradient
 
@@ -54,9 +54,10 @@ def scaled(examples: Examples, scale: Scale, budget: int, one: Rows) -> Gradient
 
 
 def _scaled(taken: Gradient, scale: Scale) -> Gradient:
+    # In float64, where the squares of finite numbers are finite.
     leaves = tree.leaves(taken.grads)
     dtype = torch.float64 if any(exact(leaf.dtype) == torch.float64 for leaf in leaves) else torch.float32
-    scales = scale(torch.stack([squared(leaf).to(dtype) for leaf in leaves]).sum(0).sqrt())
+    scales = scale(overall([lengths(leaf, torch.float64) for leaf in leaves]).to(dtype))
     loss, weight, aux = tree.map(lambda leaf: leaf.sum(0), (taken.loss, taken.weight, taken.aux))
     return Gradient(tree.map(lambda leaf: combined(scales, leaf), taken.grads), loss, weight, taken.carry, aux)
 

@@ -14,7 +14,7 @@ from functrain.core.examples.convolution import convolution, pooling
 from functrain.core.examples.embedding import embedding
 from functrain.core.examples.linear import addmm, linear, matmul, reversed_matmul
 from functrain.core.examples.normalisation import group_norm, layer_norm
-from functrain.core.examples.tape import Rule, Tape, UnfitError
+from functrain.core.examples.tape import LayoutError, Rule, Tape
 
 # --- leaves that stay leaves ----------------------------------------------------------------------------------------
 
@@ -64,17 +64,24 @@ def _attention(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
 # --- what is no use ---------------------------------------------------------------------------------------------------
 
 
-def _view(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
-    """A view of what a convolution gave: of a copy, where its channels come last without the loss knowing of it."""
+def _reshaped(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
+    """A view here may be a copy in another layout, and the other way round: neither side may be written to from now on."""
+    if not tape.relaid or not tape.apart() or not args or tape.known(args[0]):
+        return None
     try:
-        return func(*args, **kwargs)
+        done = func(*args, **kwargs)
     except RuntimeError:
-        if not tape.apart() or tape.known(args[0]):
-            raise
-    copy = args[0].contiguous()
-    # Written to, it would have changed what it is a view of.
-    tape.freeze(copy)
-    return func(copy, *args[1:], **kwargs)
+        # `view` of what is in another layout without the loss knowing of it.
+        done = func(args[0].contiguous(), *args[1:], **kwargs)
+    tape.freeze(args[0])
+    tape.freeze(done)
+    return done
+
+
+def _strided(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
+    """Memory taken as it lies."""
+    if tape.relaid and tape.apart():
+        raise LayoutError(f"the loss calls {func.__name__}")
 
 
 def _read(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
@@ -82,14 +89,11 @@ def _read(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _refused(tape: Tape, func: Any, args: Any, kwargs: Any) -> Any:
-    """What would go past the tape: gradients taken in the loss (those of a transform see copies), memory taken as it lies."""
-    if tape.apart():
-        raise UnfitError(f"the loss calls {func.__name__}")
-
-
 _READS: tuple[Any, ...] = (Tensor.detach, Tensor.item, Tensor.tolist, Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride)
 _READS += (Tensor.is_floating_point, Tensor.__len__, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__format__)
+
+_RESHAPES: tuple[Any, ...] = (Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as, Tensor.flatten, Tensor.ravel)
+_RESHAPES += (Tensor.contiguous, torch.reshape, torch.flatten, torch.ravel)
 
 RULES: dict[Any, Rule] = {
     F.linear: linear,
@@ -103,6 +107,7 @@ RULES: dict[Any, Rule] = {
     torch.conv1d: partial(convolution, 1),
     torch.conv2d: partial(convolution, 2),
     torch.conv3d: partial(convolution, 3),
+    F.max_pool2d: pooling,
     torch.max_pool2d: pooling,
     F.embedding: embedding,
     F.layer_norm: layer_norm,
@@ -120,7 +125,7 @@ RULES: dict[Any, Rule] = {
     Tensor.bfloat16: _cast,
     F.cross_entropy: _cross_entropy,
     F.scaled_dot_product_attention: _attention,
-    Tensor.view: _view,
     **dict.fromkeys(_READS, _read),
-    **dict.fromkeys((torch.autograd.grad, Tensor.backward, torch.as_strided, Tensor.as_strided), _refused),
+    **dict.fromkeys(_RESHAPES, _reshaped),
+    **dict.fromkeys((torch.as_strided, Tensor.as_strided), _strided),
 }

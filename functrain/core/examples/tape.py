@@ -29,6 +29,10 @@ class UnfitError(RuntimeError):
     """The gradients of single examples cannot be told from this run of the loss: take another way."""
 
 
+class LayoutError(UnfitError):
+    """The loss depends on how its tensors lie in memory: run it with every tensor as it would lie in a run of one example."""
+
+
 class OverBudgetError(UnfitError):
     """The expanded leaves of all examples would take more than the budget: take `count` of them at a time."""
 
@@ -77,13 +81,17 @@ class Tape(TorchFunctionMode):
     leaves that were expanded, one copy for each example. Leaves are known by identity; where the dimension of
     examples lies is known from vmap.
 
-    What the tape cannot see is found out afterwards: `raw` leaves must have received no gradient, and the inputs that it
-    keeps must not have been written to.
+    What the tape cannot see is found out afterwards: `raw` leaves must have received no gradient, and what is frozen (the
+    inputs of layers) must not have been written to.
+
+    With `relay`, layers may give their outputs in another memory layout than the loss would find in a run by itself, since
+    some are much faster. Then a view of the one layout may be a copy in the other, so whatever was reshaped is frozen.
     """
 
-    def __init__(self, leaves: Iterable[Tensor], size: int, rules: Mapping[Any, Rule], budget: int) -> None:
+    def __init__(self, leaves: Iterable[Tensor], size: int, rules: Mapping[Any, Rule], budget: int, relay: bool = True) -> None:
         super().__init__()
-        self.size, self.rules, self.budget = size, rules, budget
+        self.size, self.rules, self.budget, self.relay = size, rules, budget, relay
+        self.relaid = False
         self.level = 0
         self.raw = [leaf.detach().requires_grad_() for leaf in leaves]
         self.uses: list[Use] = []
@@ -157,6 +165,13 @@ class Tape(TorchFunctionMode):
         value = self.physical(value)
         self._frozen.append((value, value._version))
 
+    def laid(self, output: Tensor) -> Tensor:
+        """What a layer gives, in its own layout where that is allowed; else contiguous."""
+        if output.is_contiguous():
+            return output
+        self.relaid = self.relay
+        return output if self.relay else output.contiguous()
+
     def record(self, input: Tensor, output: Tensor, makes: list[tuple[int, Make]], shape: Iterable[int]) -> Tensor:
         """Note that `output` was made of `input` and leaves, and give it to the loss, in the shape `(N, …)`.
 
@@ -164,9 +179,7 @@ class Tape(TorchFunctionMode):
         """
         # The edge, not the tensor: a loss may write into what it is given (nn.ReLU(inplace=True)). The edge of a view
         # would then lead nowhere.
-        # Contiguous, as the loss finds it in a run by itself: of other layouts a view may be a copy, and in-place changes
-        # of the one would not reach the other.
-        output = output.clone() if output._is_view() else output.contiguous()
+        output = self.laid(output.clone() if output._is_view() else output)
         self.uses.append(Use(_edge(output), input, makes))
         self._frozen.append((input, input._version))
         return self.batched(output.view(tuple(shape)))
@@ -187,7 +200,7 @@ class Tape(TorchFunctionMode):
         if any(grad is not None for grad in grads[len(inputs) - len(self.raw) :]):
             raise UnfitError("an operation that cannot be seen uses the params")
         if any(value._version != version for value, version in self._frozen):
-            raise UnfitError("the loss writes into what a layer has read")
+            raise LayoutError("the loss writes into what was reshaped") if self.relaid else UnfitError(_READ)
         for use, grad in zip(self.uses, grads):
             if grad is not None:
                 input, grad = use.input.detach(), grad.detach()
@@ -228,6 +241,8 @@ def _edge(output: Tensor) -> GradientEdge:
     assert output.grad_fn is not None
     return GradientEdge(output.grad_fn, output.output_nr)
 
+
+_READ = "the loss writes into what a layer has read"
 
 # What is read of a tensor as a property has no gradient, but for these.
 _VIEWS = ("T", "mT", "H", "mH", "real", "imag")

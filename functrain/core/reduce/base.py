@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,8 +130,8 @@ def checked_weight(weight: Tensor) -> None:
     if not visible(weight):
         return
     value = weight.item()
-    if math.isnan(value):
-        raise LossError("the weights of this batch have negative ones or NaN among them: weights are numbers of at least 0")
+    if value < 0:
+        raise LossError("the weights of this batch have negative ones among them: weights are numbers of at least 0")
     if not value:
         raise LossError("the weights of this batch sum to zero: there is nothing to take the mean of; leave such batches out")
 

@@ -50,8 +50,8 @@ def private(norm: float, noise: float, size: float | None = None) -> Reducer:
     scale = clipping(norm)
 
     def finish(total: Gradient, key: Tensor) -> Gradient:
-        if size is None:
-            checked_weight(total.weight)
+        # An empty batch has no weight, which is fine where the size is known.
+        checked_weight(total.weight if size is None else torch.where(total.weight == 0, 1.0, total.weight))
         by = total.weight if size is None else torch.full_like(total.weight, size)
         grads = divided(_noised(total.grads, noise * norm, key) if noise else total.grads, by)
         # Of nothing, the sums are zero, and so are their means: NaN would be taken for a bad step.
