@@ -115,13 +115,10 @@ class Source:
         >>> sorted(int(x) for x in source), [int(x) for x in source] == [int(x) for x in source.epoch(1)]
         ([0, 1, 2, 3, 4, 5], False)
         """
-        from functrain.data.balanced import Balanced
         from functrain.data.order import Shuffle
 
         if seed is None:
             raise ArgumentError("shuffle needs a seed, so that the order can be had again: source.shuffle(seed=0)")
-        if isinstance(self, Balanced):
-            raise ArgumentError("a balanced source is in an order drawn from its seed already, which shuffling would undo")
         return Shuffle(self.finite("shuffle"), integer("seed", seed))
 
     def batch(self, size: int, drop_last: bool = False) -> Source:
