@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import time
 from pathlib import Path
 
-from bench import report
+from bench import race, report
 from bench.race import Result
 
-BENCHES = ("step", "parallel", "reduce", "private", "robust", "prefetch", "start")
+BENCHES = (
+    "step", "mixed", "repeat", "population", "optim", "unroll", "parallel", "reduce", "private", "robust", "prefetch", "start",
+)  # fmt: skip
 
 
 def main() -> None:
     """Run benches one after the other and write the report."""
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which of {', '.join(BENCHES)} (default: all)")
-    names = parser.parse_args().names or BENCHES
+    parser.add_argument("--smoke", action="store_true", help="only check that all run, a call or two each, and write nothing")
+    given = parser.parse_args()
+    names = given.names or BENCHES
     unknown = set(names) - set(BENCHES)
     if unknown:
         parser.error(f"unknown benches {', '.join(sorted(unknown))}: there are {', '.join(BENCHES)}")
+    if given.smoke:
+        race.only_check()
     results: list[Result] = []
     for name in names:
         print(f"bench {name} …", flush=True)
+        start = time.perf_counter()
         for result in importlib.import_module(f"bench.{name}").run():
-            spread = f"({result.low:.3f} to {result.high:.3f})"
-            print(f"  {result.work} against {result.peer}: {result.ratio:.3f} {spread} {result.met}", flush=True)
+            print(f"  {report.line(result)}", flush=True)
             results.append(result)
+        print(f"  took {time.perf_counter() - start:.0f} s", flush=True)
+    if given.smoke:
+        print("only checked: nothing is written, and the times above mean nothing")
+        return
     notes = Path(__file__).with_name("NOTES.md")
     print(f"wrote {report.write(results, notes.read_text() if notes.exists() else '')}")
 

@@ -1,39 +1,98 @@
-"""The same multilayer perceptron and AdamW step in functrain, PyTorch and JAX, from the same numbers."""
+"""The networks, batches and loss that the benches share, and the functrain steps around them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import functrain as ft
 
 # So small that one batch is not learnt by heart while it is timed: numbers near zero would be another workload.
 RATE = 1e-5
+LABELS = 10
 
 
-def perceptron(sizes: Sequence[int]) -> nn.Sequential:
+class Work(NamedTuple):
+    """A network, made anew with the same numbers at each call, and a batch for it."""
+
+    name: str
+    module: Callable[[], nn.Sequential]
+    batch: dict[str, Tensor]
+
+
+def small() -> Work:
+    """A perceptron so small that dispatch is most of a step."""
+    return perceptron_work([64, 128, 128, LABELS], 128)
+
+
+def big() -> Work:
+    """A perceptron that is matrix products and little else."""
+    return perceptron_work([784, 1024, 1024, LABELS], 512)
+
+
+def images() -> Work:
+    """A convolutional network on images (N, 1, 28, 28)."""
+    batch = data([784, LABELS], 128)
+    return Work("CNN 1-16-32, images 28 × 28, batch 128", convolutional, batch | {"x": batch["x"].reshape(-1, 1, 28, 28)})
+
+
+def sequences() -> Work:
+    """A recurrent network on sequences (N, T, F)."""
+    batch = data([32 * 64, LABELS], 64)
+    return Work("LSTM 64-128, 32 steps, batch 64", recurrent, batch | {"x": batch["x"].reshape(-1, 32, 64)})
+
+
+def perceptron_work(sizes: Sequence[int], examples: int) -> Work:
+    """A perceptron of these sizes, and a batch of so many examples."""
+    return Work(f"MLP {'-'.join(map(str, sizes))}, batch {examples}", lambda: perceptron(sizes), data(sizes, examples))
+
+
+def perceptron(sizes: Sequence[int], seed: int = 0) -> nn.Sequential:
     """Linear layers of these sizes with ReLU between them, the same numbers each time."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def data(sizes: Sequence[int], examples: int) -> dict[str, torch.Tensor]:
+def convolutional() -> nn.Sequential:
+    """Two convolutions and a linear layer for images (N, 1, 28, 28)."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((1, 16), (16, 32)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1568, LABELS))
+
+
+class Last(nn.Module):
+    """Of what a recurrent layer returns, the output `(N, F)` after the last step."""
+
+    def forward(self, outputs: tuple[Tensor, Any]) -> Tensor:
+        """`(N, T, F)`, beside the hidden state, to `(N, F)`."""
+        return outputs[0][:, -1]
+
+
+def recurrent() -> nn.Sequential:
+    """An LSTM and a linear layer on its last output."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LSTM(64, 128, batch_first=True), Last(), nn.Linear(128, LABELS))
+
+
+def data(sizes: Sequence[int], examples: int) -> dict[str, Tensor]:
     """One batch of random inputs `(N, F)` and labels `(N,)`."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(examples, sizes[0], generator=generator)
     return {"x": x, "y": torch.randint(0, sizes[-1], (examples,), generator=generator)}
 
 
-def loss_of(apply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def loss_of(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Cross entropy for each example."""
     return lambda params, batch: F.cross_entropy(apply(params, batch["x"]), batch["y"], reduction="none")
 
@@ -44,66 +103,40 @@ class Ours:
     def __init__(self, step: ft.Step, params: Any, batch: Any) -> None:
         self.step, self.batch, self.state = step, batch, step.init(params)
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> Tensor:
         self.state, metrics = self.step(self.state, self.batch)
         return metrics["loss"]
 
 
-class Torch:
-    """The plain PyTorch loop body: zero_grad, loss, backward, fused AdamW."""
+class Given:
+    """A gradient that is its batch: what is left of a step around it is the optimizer's update."""
 
-    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-        self.model, self.batch = model, batch
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+    uses: frozenset[str] = frozenset()
+    lanes, reduce = False, ft.reduce.mean
 
-    def __call__(self) -> torch.Tensor:
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(self.batch["x"]), self.batch["y"])
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+    def __call__(self, params: Any, batch: Any, **_: Any) -> ft.Gradient:
+        return ft.Gradient(batch, torch.zeros(()), torch.ones(()), None, None)
+
+    finished = __call__
 
 
-class Jax:
-    """The same step in JAX with optax, jitted, params and optimizer state donated."""
+def check_same_work(contestants: Mapping[str, Callable[[], Any]], steps: int = 10, digits: float = 1e-4) -> None:
+    """Raise when the contestants, from the same numbers, do not have the same losses.
 
-    def __init__(self, model: nn.Sequential, batch: dict[str, torch.Tensor]) -> None:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        import jax
-        import jax.numpy as jnp
-        import optax
-
-        layers = [child for child in model if isinstance(child, nn.Linear)]
-        self.params = [(jnp.array(c.weight.detach().numpy().T), jnp.array(c.bias.detach().numpy())) for c in layers]
-        self.x, self.y = jnp.array(batch["x"].numpy()), jnp.array(batch["y"].numpy())
-        optimizer = optax.adamw(RATE, weight_decay=1e-2)
-        self.state = optimizer.init(self.params)
-
-        def loss(params: Any, x: Any, y: Any) -> Any:
-            for weight, bias in params[:-1]:
-                x = jax.nn.relu(x @ weight + bias)
-            weight, bias = params[-1]
-            return optax.softmax_cross_entropy_with_integer_labels(x @ weight + bias, y).mean()
-
-        def step(params: Any, state: Any, x: Any, y: Any) -> Any:
-            value, grads = jax.value_and_grad(loss)(params, x, y)
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, value
-
-        self.step = jax.jit(step, donate_argnums=(0, 1))
-
-    def __call__(self) -> Any:
-        self.params, self.state, value = self.step(self.params, self.state, self.x, self.y)
-        return value.block_until_ready()
-
-
-def check_same_work(contestants: dict[str, Callable[[], Any]], steps: int = 10) -> None:
-    """Raise when the contestants, from the same numbers, do not have the same loss after `steps` steps."""
-    ends = {}
+    The first loss (or losses, one for each member or step) has to agree to `digits`, and what `steps` steps take off it to 2 %:
+    the steps are so small that the losses alone would agree whatever the optimizer did.
+    """
+    found = {}
     for name, run in contestants.items():
-        for _ in range(steps):
-            value = run()
-        ends[name] = float(value)
-    first = next(iter(ends.values()))
-    if any(abs(end - first) > 1e-3 * abs(first) for end in ends.values()):
-        raise RuntimeError(f"the contestants do not do the same work: losses after {steps} steps are {ends}")
+        losses = [numbers(run()) for _ in range(steps)]
+        found[name] = losses[0], losses[0] - losses[-1]
+    first, fall = next(iter(found.values()))
+    for name, (theirs, fallen) in found.items():
+        off = abs(theirs - first) > digits * abs(first)
+        if off.any() or (abs(fallen - fall) > 0.02 * abs(fall) + 1e-6 * abs(first)).any():
+            raise RuntimeError(f"{name} does not do the same work: first losses and falls in {steps} steps are {found}")
+
+
+def numbers(value: Any) -> Any:
+    """A loss, or the losses of several members or steps, as an array of NumPy's."""
+    return numpy.asarray([float(each) for each in value] if isinstance(value, list) else value, dtype=float).reshape(-1)

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import functrain as ft
-from bench.networks import RATE, Ours, data, loss_of, perceptron
+from bench.networks import LABELS, RATE, Ours, Work, images, loss_of, perceptron_work, small
 from bench.race import Result, compare, race
-from bench.reduce import network
 
 NORM, NOISE = 1.0, 1.0
 # How Opacus finds the gradients of single examples: a rule for each kind of layer (its default), vmap of the gradient, or
 # norms alone and a second backward pass.
 MODES = ("hooks", "functorch", "ghost")
-HOOKS = "Opacus, hooks"
-
-
-class Work(NamedTuple):
-    """A network and a batch for it."""
-
-    name: str
-    module: Callable[[], nn.Module]
-    batch: dict[str, Tensor]
 
 
 def run() -> list[Result]:
@@ -40,14 +30,7 @@ def run() -> list[Result]:
 
 
 def _works() -> list[Work]:
-    small, big = [64, 128, 128, 10], [784, 1024, 1024, 10]
-    images = data([784, 10], 128)
-    images["x"] = images["x"].reshape(128, 1, 28, 28)
-    return [
-        Work("MLP 64-128-128-10, batch 128", lambda: perceptron(small), data(small, 128)),
-        Work("MLP 784-1024-1024-10, batch 256", lambda: perceptron(big), data(big, 256)),
-        Work("CNN 1-16-32, images 28 × 28, batch 128", network, images),
-    ]
+    return [small(), perceptron_work([784, 1024, 1024, LABELS], 256), images()]
 
 
 def _steps(work: Work) -> list[Result]:

@@ -2,6 +2,8 @@
 
 from functrain import testing
 from functrain.core import optim, privacy, random, reduce, tree
+from functrain.core.adversarial import adversarial
+from functrain.core.average import average, averaged
 from functrain.core.deferred import Deferred
 from functrain.core.errors import (
     ArgumentError,
@@ -23,7 +25,9 @@ from functrain.core.grad import grad
 from functrain.core.guard import guard
 from functrain.core.health import Health, health, monitor
 from functrain.core.loss import Losses
-from functrain.core.optim.base import hyper, with_hyper
+from functrain.core.loss_scale import loss_scaled
+from functrain.core.optim.hyper import hyper, with_hyper
+from functrain.core.precision import Precision, mixed
 from functrain.core.reduce import Gradient, Reducer
 from functrain.core.remat import remat
 from functrain.core.sequence import seqloss, tbptt, windows
@@ -35,9 +39,11 @@ from functrain.engine.compile import compiled
 from functrain.engine.evaluate import evaluate
 from functrain.engine.experiment import Experiment
 from functrain.engine.fold import fold, repeat
+from functrain.engine.lr_find import lr_find
 from functrain.engine.parallel import accumulate, parallel
 from functrain.engine.population import population
 from functrain.engine.tune import tune
+from functrain.engine.unroll import unroll
 from functrain.runs import Best, Checkpoints, History, Run, load_tree, save_tree, train
 from functrain.search import Grid, Scored, grid, grid_search, nested
 
@@ -63,6 +69,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "PositionError",
+    "Precision",
     "Reducer",
     "Run",
     "RunError",
@@ -73,7 +80,10 @@ __all__ = [
     "Step",
     "TreeError",
     "accumulate",
+    "adversarial",
     "arrays",
+    "average",
+    "averaged",
     "compiled",
     "evaluate",
     "example_grads",
@@ -90,6 +100,9 @@ __all__ = [
     "health",
     "hyper",
     "load_tree",
+    "loss_scaled",
+    "lr_find",
+    "mixed",
     "monitor",
     "named_params",
     "nested",
@@ -114,6 +127,7 @@ __all__ = [
     "tree",
     "tree_reduce",
     "tune",
+    "unroll",
     "weights",
     "windows",
     "with_hyper",

@@ -50,6 +50,23 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adam": ft.optim.adam,
     "adam decay": lambda lr: ft.optim.adam(lr, b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1),
     "adamw": ft.optim.adamw,
+    "amsgrad": lambda lr: ft.optim.amsgrad(lr, b2=0.9, weight_decay=0.1, decoupled_weight_decay=True),
+    "adamax": lambda lr: ft.optim.adamax(lr, weight_decay=0.1),
+    "nadam": lambda lr: ft.optim.nadam(lr, weight_decay=0.1),
+    "radam": lambda lr: ft.optim.radam(lr, b2=0.9, weight_decay=0.1, decoupled_weight_decay=True),
+    "rmsprop": lambda lr: ft.optim.rmsprop(lr, alpha=0.9, centered=True, momentum=0.5),
+    "adagrad": lambda lr: ft.optim.adagrad(lr, lr_decay=0.1, initial_accumulator_value=0.1),
+    "adadelta": ft.optim.adadelta,
+    # The default d of 1 is the very RMS of a first step on a vector: a kink.
+    "adafactor": lambda lr: ft.optim.adafactor(lr, d=1.1),
+    "lamb": ft.optim.lamb,
+    "lamb bounded": lambda lr: ft.optim.lamb(lr, min_norm=0.6, max_norm=1.5, weight_decay=0.1, decoupled=False),
+    "lion": lambda lr: ft.optim.lion(lr, weight_decay=0.1),
+    "schedule_free": ft.optim.schedule_free,
+    "schedule_free warmed": lambda lr: ft.optim.schedule_free(lr, b1=0.8, weight_decay=0.1, warmup_steps=5, r=0.5),
+    "chain": lambda lr: ft.optim.chain(ft.optim.clip_by_norm(1.0), ft.optim.adamw(lr)),
+    "lookahead": lambda lr: ft.optim.lookahead(ft.optim.sgd(lr, momentum=0.9), every=2),
+    "plateau": lambda lr: ft.optim.plateau(ft.optim.adam(lr), 0.5, 0, every=2),
 }
 
 

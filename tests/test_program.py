@@ -64,6 +64,26 @@ def test_readmes_blocks_on_losses_reducers_and_health_run_as_they_stand(capsys: 
     assert len(names["history"].rows) == 4
 
 
+def test_readmes_blocks_on_optimizers_and_unrolling_run_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ("BatchNorm1d", "optim.partition", "ft.unroll")
+    everything, optimizers, unrolling = (block for block in python_blocks() if any(part in block for part in parts))
+    names: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "ft": ft}
+    exec(everything, names)
+    capsys.readouterr()
+    exec(optimizers, names)
+    shown = capsys.readouterr().out
+    assert "clip_by_norm" in shown
+    assert "decayed.lr" in shown
+    assert "'accuracy'" in shown
+    assert int(names["state"].position) == 20
+    exec(unrolling, names)
+    assert capsys.readouterr().out.startswith("tensor(")
+    rates = [torch.tensor(0.1 + shift, dtype=torch.float64) for shift in (-1e-3, 1e-3)]
+    low, high = (names["outcome"](rate) for rate in rates)
+    slope = torch.func.grad(names["outcome"])(torch.tensor(0.1, dtype=torch.float64))
+    ft.testing.equal("hypergradient", slope, ((high - low) / 2e-3).to(slope.dtype), 0.1)
+
+
 def test_readmes_program_file_trains(tmp_path: Path) -> None:
     (program,) = (block for block in python_blocks() if "class Config" in block)
     (tmp_path / "program.py").write_text(program)

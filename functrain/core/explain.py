@@ -29,6 +29,10 @@ class Stage:
             rows += [indent + ("   " if number == last else "│  ") + row for row in rest]
         return rows
 
+    def has(self, title: str) -> bool:
+        """Whether this stage, or one below it, has that title."""
+        return self.title == title or any(stage.has(title) for stage in self.inner)
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -208,6 +209,9 @@ class _Skeleton:
             for path, child in module.named_modules()
             if isinstance(child, _NORMS) and child.training and child.track_running_stats
         ]
+        for child in module.modules():
+            if isinstance(child, _NORMS) and child.running_mean is not None:
+                child.forward = partial(_in_statistics, child, child.forward)  # type: ignore[method-assign]
         for path, child in module.named_modules():
             if isinstance(child, _UNKEYED) and child.training and _draws(child):
                 raise ArgumentError(
@@ -261,6 +265,18 @@ class _Skeleton:
         for dropout in self.dropouts:
             dropout.key = key
         return before
+
+
+def _in_statistics(norm: Any, forward: Callable[..., Tensor], x: Tensor, *rest: Any, **keywords: Any) -> Tensor:
+    """A norm of inputs in half precision beside wider statistics, computed in their dtype: torch cannot vmap it mixed."""
+    wide = norm.running_mean.dtype
+    if x.itemsize >= wide.itemsize:
+        return forward(x, *rest, **keywords)
+    for place in ("weight", "bias"):
+        # As what is cast: lent for this call alone.
+        if (lent := norm._parameters.get(place)) is not None:
+            norm._parameters[place] = lent.to(wide)
+    return forward(x.to(wide), *rest, **keywords).to(x.dtype)
 
 
 def _draws(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch import Tensor
 from functrain.core import loss as losses
 from functrain.core import random, reduce, tree
 from functrain.core.deferred import drawn
+from functrain.core.entries import Entry, Names, check_names, entry
 from functrain.core.errors import ArgumentError, LossError, TreeError
 from functrain.core.explain import Stage, explain, times_params
+from functrain.core.layout import Memo
 from functrain.core.reduce.base import Gradient, Reducer, checked_weight
-from functrain.core.transforms import inside_tracing, inside_transform
+from functrain.core.transforms import inside_unroll
 from functrain.core.tree import Tree
 
 
 class Grad:
     """The gradient of `loss`: `grad(params, batch, *, carry=None, key=None) -> Gradient`, an unfinished sum.
 
-    - `params`: any tree of floating tensors; `batch`: any tree of tensors `(N, …)`;
+    - `params`: any tree of floating tensors (with `of`: floating in that entry); `batch`: any tree of tensors `(N, …)`;
     - `carry`: what the loss threads, when it declares `carry`;
     - `key`: 0-d, or `(N,)` with one for each example, when the loss declares `key`; the loss gets `(N,)`.
 
@@ -36,11 +39,14 @@ class Grad:
     batch, or params that are not floating.
     """
 
-    def __init__(self, loss: Callable[..., Any], lanes: bool = False) -> None:
+    def __init__(self, loss: Callable[..., Any], lanes: bool = False, of: Names | None = None) -> None:
+        check_names(of)
         self.loss = loss
         self.lanes = lanes
+        self.of = of
         self.uses = losses.declared(loss)
         self.reduce: Reducer = reduce.mean
+        self._params, self._batches = Memo(), Memo()
 
     def __call__(self, params: Tree, batch: Tree, *, carry: Tree = None, key: Tensor | None = None) -> Gradient:
         return self._take(params, batch, carry, key, finish=False)
@@ -51,31 +57,32 @@ class Grad:
 
     def _take(self, params: Tree, batch: Tree, carry: Tree, key: Tensor | None, finish: bool) -> Gradient:
         batch = drawn(batch)
-        batch_leaves, batch_spec = tree.flatten(batch)
+        batch_leaves, rows_of = self._batches.flatten(batch)
         size = checked_size(batch, batch_leaves)
         losses.missing(self.uses, carry, key)
         keys = random.example_keys(key, size) if key is not None and "key" in self.uses else None
-        flat, spec = tree.flatten(params)
-        check_params(params, flat)
+        mine = entry(params, self.of, self._params)
+        check_params(mine)
+        flat = mine.leaves if self.of is None else tree.leaves(params)
         given = [*batch_leaves, *tree.leaves((carry, keys))]
         tracked = torch.is_grad_enabled() and _tracked([*flat, *given])
         # Traced, too: oneDNN's fused LSTM, which autograd would take, has a backward pass that cannot be traced.
-        take = _by_transform if tracked or inside_transform() or inside_tracing() else _by_autograd
+        take = _by_transform if tracked or inside_unroll() else _by_autograd
 
         def objective(leaves: tuple[Tensor, ...]) -> tuple[Tensor, losses.Totals]:
             # Its own containers: what a loss puts into a dict of the batch stays there.
-            rows = tree.unflatten(batch_spec, batch_leaves)
-            totals = losses.total(self.loss, self.uses, tree.unflatten(spec, leaves), rows, size, carry, keys)
+            rows = rows_of.built(batch_leaves)
+            totals = losses.total(self.loss, self.uses, mine.whole(leaves), rows, size, carry, keys)
             if finish:
                 checked_weight(totals.weight)
                 return totals.loss / totals.weight.to(totals.loss.dtype), totals
             return totals.loss, totals
 
         before = _versions(flat), _versions(given)
-        grads, totals = take(objective, tuple(flat))
+        grads, totals = take(objective, tuple(mine.leaves))
         if before != (_versions(flat), _versions(given)):
             raise LossError(_IN_PLACE if before[0] != _versions(flat) else _BATCH_IN_PLACE)
-        total = Gradient(tree.unflatten(spec, grads), totals.loss, totals.weight, totals.carry, totals.aux)
+        total = Gradient(tree.unflatten(mine.spec, grads), totals.loss, totals.weight, totals.carry, totals.aux)
         if not finish:
             return total
         aux = None if total.aux is None else tree.map(lambda leaf: leaf / total.weight.to(leaf.dtype), total.aux)
@@ -86,8 +93,10 @@ class Grad:
         facts: dict[str, str] = {
             "returns": "an unfinished sum: Σ gradients, Σ loss, Σ weight",
             "backward passes": "1",
-            "memory for gradients": times_params(1),
+            "memory for gradients": times_params(1, "" if self.of is None else "at most"),
         }
+        if self.of is not None:
+            facts["of"] = f"{' and '.join(tree.quoted(_names(self.of)))}; all else in the params is constant"
         if self.uses:
             facts["declares"] = ", ".join(sorted(self.uses))
         if "carry" in self.uses:
@@ -95,14 +104,18 @@ class Grad:
         return Stage(f"grad of {explain(self.loss).title}", facts)
 
 
-def grad(loss: Callable[..., Any], *, lanes: bool = False) -> Grad:
+def grad(loss: Callable[..., Any], *, lanes: bool = False, of: Names | None = None) -> Grad:
     """The gradient of a per-example loss: Σᵢ wᵢ ∇lossᵢ, with Σᵢ wᵢ lossᵢ and Σᵢ wᵢ beside it.
 
     `loss(params, batch)` returns per-example losses of any shape `(N, …)`, or `(losses, weights)`, or `Losses`.
     By keyword it may declare `carry` (then it returns `(losses, carry)`) and `key`. See `Grad` for the result.
 
     - `lanes`: what kind of carry it is: one lane for each example, leaves `(N, …)` (recurrent state), which is cut with the
-      batch; or, by default, shared by all examples (batch norm's buffers). It matters where `parallel` cuts batches.
+      batch; or, by default, shared by all examples (batch norm's buffers). It matters where `parallel` cuts batches;
+    - `of`: the entry of the params that the gradient is of: a key of the dict, or a dotted path as `ft.named_params` prints
+      it, inner nodes included. All else in the params is a constant, through which there is no backward pass. The loss gets
+      the params whole; `grads` has the structure of the entry. Of a tuple of names: a dict by name. A name that is no entry
+      of the params is a `TreeError` that lists those there are.
 
     >>> def loss(params, batch):
     ...     return (batch["x"] @ params["w"] - batch["y"]) ** 2
@@ -110,8 +123,53 @@ def grad(loss: Callable[..., Any], *, lanes: bool = False) -> Grad:
     >>> g = grad(loss)({"w": torch.ones(2)}, batch)
     >>> g.grads, g.loss, g.weight.item()
     ({'w': tensor([16., 16.])}, tensor(16.), 4.0)
+    >>> game = grad(lambda params, batch: batch * params["x"] * params["y"], of="x")
+    >>> game({"x": torch.tensor(2.0), "y": torch.tensor(3.0)}, torch.ones(1)).grads
+    tensor(3.)
     """
-    return Grad(loss, lanes)
+    return Grad(loss, lanes, of)
+
+
+def remade(grad: Any, heart: Callable[[Grad], Any], otherwise: str) -> Any:
+    """`grad` with another gradient in place of the `ft.grad(loss)` that it is made of, its combinators as they were.
+
+    Raises `ArgumentError` for a gradient that is made of none, which says what to do `otherwise`.
+    """
+    if isinstance(grad, Grad):
+        return heart(grad)
+    if not hasattr(grad, "grad"):
+        raise ArgumentError(f"{explain(grad).title} is not made of ft.grad(loss), it has no attribute `grad`: {otherwise}")
+    mine = copy.copy(grad)
+    mine.grad = remade(grad.grad, heart, otherwise)
+    return mine
+
+
+def of_entry(grad: Any, of: Names) -> Any:
+    """`grad` as the gradient of an entry of the params, unless it is that of one already: `ft.grad(loss, of=…)` at its heart.
+
+    Raises `ArgumentError` for a gradient that is not made of `ft.grad`.
+    """
+    # Plans, reducers and what is declared are the same for an entry as for the whole.
+    named = which(grad) is not None
+    advice = "its attribute `of` has to name the entry that it is of"
+    return grad if named else remade(grad, lambda heart: Grad(heart.loss, heart.lanes, of), advice)
+
+
+def entry_of(grad: Any, params: Tree) -> Entry:
+    """What of `params` a gradient is of, whatever combinators are around it."""
+    return entry(params, which(grad))
+
+
+def which(grad: Any) -> Names | None:
+    """The name of the entry that a gradient is of, or None for all of the params."""
+    while getattr(grad, "of", None) is None and hasattr(grad, "grad"):
+        grad = grad.grad
+    of: Names | None = getattr(grad, "of", None)
+    return of
+
+
+def _names(of: Names) -> tuple[str, ...]:
+    return (of,) if isinstance(of, str) else of
 
 
 def checked_size(batch: Tree, leaves: list[Any] | None = None) -> int:
@@ -122,11 +180,11 @@ def checked_size(batch: Tree, leaves: list[Any] | None = None) -> int:
     return size
 
 
-def check_params(params: Tree, flat: list[Any]) -> None:
+def check_params(params: Entry) -> None:
     """Raise where no gradient can be taken: no params, ones that are not floating, or inside `torch.inference_mode`."""
-    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in flat):
-        raise TreeError(_not_floating(params))
-    if not flat:
+    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in params.leaves):
+        raise TreeError(_not_floating(params.value))
+    if not params.leaves:
         raise TreeError("params are an empty tree: there is nothing to take a gradient of")
     check_mode()
 

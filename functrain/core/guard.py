@@ -73,7 +73,7 @@ def guard(step: Step, policy: Policy = "skip") -> Step:
         if "skipped" in metrics:
             # What guards inside (of windows, of repeated steps) have skipped.
             skipped = torch.maximum(skipped, metrics["skipped"])
-        return _chosen(good, new, state), {**metrics, "skipped": skipped}
+        return chosen(good, new, state), {**metrics, "skipped": skipped}
 
     def stage() -> Stage:
         facts = {
@@ -119,8 +119,8 @@ def _floating(leaf: Tensor) -> bool:
     return leaf.is_floating_point() or leaf.is_complex()
 
 
-def _chosen(good: Tensor, new: Any, old: Any) -> Any:
-    """The new state, or at the new position what is left of the old one."""
+def chosen(good: Tensor, new: Any, old: Any) -> Any:
+    """The new state where `good`, a 0-d bool, holds; else, at the new position, what is left of the old one."""
     if visible(good):
         return new if good else new._replace(**_kept(old)._asdict())
 
@@ -129,7 +129,7 @@ def _chosen(good: Tensor, new: Any, old: Any) -> Any:
             return leaf
         if leaf.shape != was.shape:
             raise TreeError(
-                "inside a graph or a transform a guard cannot go back where a step changes shapes: "
+                "inside a graph or a transform a guard, or a player at rest, cannot go back where a step changes shapes: "
                 f"{path} was {tuple(was.shape)} and is {tuple(leaf.shape)}"
             )
         return torch.where(good, leaf, was)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from functrain.core import tree
 from functrain.core.errors import DonatedError, LossError
-from functrain.core.transforms import inside_tracing, inside_transform
+from functrain.core.transforms import constant, inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
 
@@ -76,6 +76,8 @@ def total(
         raise
     result = normalised(output, "carry" in uses)
     losses = _checked(result.losses, size)
+    # A sum in half precision has 8 or 11 bits, or overflows at 65504.
+    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     count = losses.numel()
     if result.weights is None:
         weight = torch.full((), float(count), dtype=torch.float64, device=losses.device)
@@ -83,7 +85,7 @@ def total(
     else:
         weights = _expanded(result.weights, losses)
         losses = losses * weights
-        weight = _summed(weights.detach())
+        weight = _summed(constant(weights))
     aux = result.aux
     if aux is not None:
         aux = tree.map(lambda leaf: _aux_total(leaf, weights, losses.shape), aux)
@@ -118,11 +120,14 @@ def normalised(output: Any, carries: bool) -> Losses:
     return result
 
 
-def measures(aux: Tree) -> dict[str, Any]:
-    """The leaves of `aux` by name: `aux.loss` and the like where a step uses the plain name, `aux` for a bare tensor."""
+def measures(aux: Tree, others: Iterable[str] = ()) -> dict[str, Any]:
+    """The leaves of `aux` by name: `aux.loss` and the like where a step uses the plain name, `aux` for a bare tensor.
+
+    `others` are names that the step at hand uses besides: those of its schedules.
+    """
     if aux is None:
         return {}
-    taken = ("loss", "weight", "skipped")
+    taken = {"loss", "weight", "skipped", *others}
     return {f"aux.{name}" if name in taken else name or "aux": leaf for name, leaf in tree.named(aux).items()}
 
 
@@ -175,7 +180,7 @@ def _aux_total(leaf: Tensor, weights: Tensor | None, shape: torch.Size) -> Tenso
     if leaf.shape != shape:
         raise LossError(f"aux measures are per example: expected the losses' shape {tuple(shape)}, got {tuple(leaf.shape)}")
     leaf = leaf.detach()
-    leaf = leaf if leaf.is_floating_point() else leaf.to(torch.float32)
+    leaf = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
     return (leaf if weights is None else leaf * weights.detach()).sum()
 
 

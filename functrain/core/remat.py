@@ -132,13 +132,17 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.function, ctx.size, *tensors = inputs
+        # A gradient of zero for a result that nobody uses would be NaN behind a derivative that is infinite.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[: ctx.size])
         ctx.save_for_forward(*tensors[: ctx.size])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         places = [place for place in range(ctx.size) if ctx.needs_input_grad[2 + place]]
-        taken = _taken(_pulled(ctx.function, ctx.size, places), (*ctx.saved_tensors, *grads))
+        used = [place for place, grad in enumerate(grads) if grad is not None]
+        pulled = _pulled(_only(ctx.function, used), ctx.size, places)
+        taken = _taken(pulled, (*ctx.saved_tensors, *(grad for grad in grads if grad is not None)))
         back: list[Tensor | None] = [None] * (2 + ctx.size + len(grads))
         for place, grad in zip(places, taken):
             back[2 + place] = grad
@@ -183,6 +187,16 @@ def _pushed(function: Flat, size: int, places: list[int]) -> Flat:
         return cast(tuple[Tensor, ...], torch.func.jvp(_at(function, given, places), of, tangents)[1])
 
     return push
+
+
+def _only(function: Flat, places: list[int]) -> Flat:
+    """`function` with its results at `places` alone."""
+
+    def some(*tensors: Tensor) -> tuple[Tensor, ...]:
+        results = function(*tensors)
+        return tuple(results[place] for place in places)
+
+    return some
 
 
 def _at(function: Flat, given: Sequence[Tensor], places: list[int]) -> Flat:

@@ -14,9 +14,12 @@ from functrain.core.errors import ArgumentError, DonatedError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.grad import as_gradient
 from functrain.core.heap import settled
+from functrain.core.layout import Memo
 from functrain.core.loss import measures
-from functrain.core.optim.base import Hyper, Optimizer, Schedule, apply_updates, resolve
-from functrain.core.transforms import inside_tracing, inside_transform
+from functrain.core.optim.base import Optimizer, apply_updates, updated, uses
+from functrain.core.optim.hyper import placed_in, scheduled, shown
+from functrain.core.reduce.base import Gradient
+from functrain.core.transforms import inside_unroll
 from functrain.core.tree import Tree
 
 Metrics = dict[str, Tensor]
@@ -87,7 +90,7 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
     - gives the gradient the randomness `fold_in(state.key, state.position)` when the loss declares `key`;
     - returns metrics as 0-d tensors: `loss` (the mean, of the params *before* the update), `weight`
       (what it is the mean over), every hyperparameter on a schedule, and the loss's `aux` measures by name
-      (`aux.loss`, `aux.weight` where the plain name is taken, `aux` for a bare tensor).
+      (`aux.loss`, `aux.lr` where the plain name is taken, `aux` for a bare tensor).
 
     With `donate` the state's buffers are updated in place, without memory of their own: the same values, and the
     state given is empty afterwards (`DonatedError` when it is used in a step again).
@@ -105,6 +108,7 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
     if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
         raise ArgumentError(f"expected an optimizer, got {explain(optimizer).title}: for instance ft.optim.adamw(1e-3)")
     spare: list[Tree] = []
+    states = Memo()
 
     def init(params: Tree, *, carry: Tree = None, seed: int | Tensor = 0) -> State:
         settled()
@@ -121,24 +125,25 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
             raise TreeError("this is the state of a population: step it with ft.population(step), or take a member out of it")
         key = random.fold_in(state.key, state.position) if "key" in grad.uses else None
         taken = grad.finished(state.params, batch, carry=state.carry, key=key)
-        old = tree.leaves(state)
-        carry, plain = state.carry if taken.carry is None else taken.carry, _plain(old)
+        old, _ = states.flatten(state)
+        carry, plain = state.carry if taken.carry is None else taken.carry, _plain([*old, taken.loss])
         if plain:
             # The gradients' memory is let go of when the next step begins, as zero_grad does. Given back at the end of
             # this one, the heap shrinks, and 1000 page faults a step cost up to 5 % (1.9 M parameters).
             spare.append(taken.grads)
             carry = _apart_from(state.params, carry)
-        params, opt = _updated(optimizer, taken.grads, state, in_place=donate, plain=plain)
-        metrics = {"loss": taken.loss, "weight": taken.weight, **_scheduled(optimizer, state.opt), **measures(taken.aux)}
+        params, opt = _updated(optimizer, taken, state, in_place=donate, plain=plain)
+        told = {**scheduled(optimizer, state.opt), **shown(optimizer, opt)}
+        metrics = {"loss": taken.loss, "weight": taken.weight, **told, **measures(taken.aux, told)}
         new = State(params, opt, carry, state.key, state.position + 1)
         if not donate or not plain:
             return new, metrics
-        return taken_over(old, new, (state.key, state.carry, getattr(state.opt, "hyper", None))), metrics
+        return taken_over(old, new, (state.key, state.carry, placed_in(state.opt)), states), metrics
 
     def stage() -> Stage:
         kernel = "tensor arithmetic"
         if getattr(optimizer, "fused", None) is not None:
-            kernel = f"torch's fused kernel ({kernel} inside a transform or compiler)"
+            kernel = f"in place, all leaves at once ({kernel} inside a transform or compiler)"
         facts = {"state": "donated: updated in place" if donate else "pure: a new state each step", "update": kernel}
         return Stage("step", facts, [explain(grad), explain(optimizer)])
 
@@ -153,16 +158,22 @@ def _apart_from(params: Tree, carry: Tree) -> Tree:
     return tree.unflatten(spec, apart(flat, tree.leaves(params)))
 
 
-def _updated(optimizer: Any, grads: Tree, state: State, in_place: bool, plain: bool) -> tuple[Tree, Any]:
-    """The params and optimizer state after an update, by the optimizer's fused kernel where there is one and it may run."""
+def _updated(optimizer: Any, taken: Gradient, state: State, in_place: bool, plain: bool) -> tuple[Tree, Any]:
+    """The params and optimizer state after an update, in place where the optimizer has a way and it may."""
+    extra = {"loss": taken.loss}
+    if "key" in uses(optimizer):
+        extra["key"] = random.fold_in(random.fold_in(state.key, _UPDATE), state.position)
     fused = getattr(optimizer, "fused", None)
     if fused is None or not plain:
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        updates, opt = updated(optimizer.update, optimizer, taken.grads, state.opt, state.params, extra)
         return apply_updates(state.params, updates), opt
     with torch.no_grad():
         params, opt = (state.params, state.opt) if in_place else tree.map(torch.clone, (state.params, state.opt))
-        updated: tuple[Tree, Any] = fused(grads, opt, params)
-        return updated
+        return updated(fused, optimizer, taken.grads, opt, params, extra)
+
+
+# The optimizer's randomness is another stream than the loss's.
+_UPDATE = 0x3C6EF372FE94F82B
 
 
 def _key(seed: Tensor) -> Tensor:
@@ -174,20 +185,14 @@ def _key(seed: Tensor) -> Tensor:
 def _copied(leaf: Any) -> Tensor:
     if not isinstance(leaf, Tensor):
         raise TreeError(f"params and carry are trees of tensors, got a leaf of type {type(leaf).__name__}")
-    return leaf.detach().clone()
+    return leaf.clone() if inside_unroll() else leaf.detach().clone()
 
 
 def _plain(leaves: list[Tensor]) -> bool:
     # Inside a transform or a trace the update has to be plain arithmetic; so it has where a gradient is to flow through.
-    if inside_transform() or inside_tracing():
+    if inside_unroll():
         return False
     return not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves))
-
-
-def _scheduled(optimizer: Any, state: Any) -> Metrics:
-    settings: dict[str, Hyper] = getattr(optimizer, "settings", {})
-    scheduled = {name: value for name, value in settings.items() if isinstance(value, Schedule)}
-    return resolve({**scheduled}, state.hyper, state.steps) if scheduled else {}
 
 
 # --- donation --------------------------------------------------------------------------------------------------
@@ -198,22 +203,22 @@ _NOTHING = torch.empty(0)
 
 def moved(leaf: Tensor) -> Tensor:
     """The same buffer as a new tensor, with `leaf` left empty: whoever reads `leaf` afterwards finds no elements."""
-    mine = leaf.detach()
+    mine = leaf.data
     leaf.data = _NOTHING if leaf.is_cpu else leaf.new_empty(0)
     return mine
 
 
-def taken_over(old: list[Tensor], new: Tree, kept: Tree) -> Tree:
+def taken_over(old: list[Tensor], new: Tree, kept: Tree, memo: Memo | None = None) -> Tree:
     """`new`, with the buffers that it shares with the leaves `old` moved over, and the rest of `old` emptied.
 
     An old state can then never be mistaken for a whole one. What of `kept` is handed through as it was (a key,
     a hyperparameter) stays: states from before the old one may share it.
     """
-    flat, spec = tree.flatten(new)
+    flat, layout = (memo or Memo()).flatten(new)
     shared = {id(leaf) for leaf in flat}
     handed = {id(leaf) for leaf in tree.leaves(kept)} & shared
     mine = {id(leaf): moved(leaf) for leaf in old if id(leaf) not in handed}
-    return tree.unflatten(spec, [mine.get(id(leaf), leaf) for leaf in flat])
+    return layout.built([mine.get(id(leaf), leaf) for leaf in flat])
 
 
 def apart(leaves: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:

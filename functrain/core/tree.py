@@ -74,7 +74,7 @@ def quoted(names: Iterable[str]) -> list[str]:
     return [repr(name) for name in names]
 
 
-def _entry(entry: Any) -> str:
+def entry_name(entry: Any) -> str:
     return str(getattr(entry, "field", entry.entry))
 
 
@@ -86,7 +86,7 @@ def paths(tree: Tree, separator: str = ".") -> list[str]:
     >>> paths({"layer": {"weight": 1.0, "bias": 2.0}, "scale": [3.0]})
     ['layer.bias', 'layer.weight', 'scale.0']
     """
-    names = [separator.join(_entry(entry) for entry in accessor) for accessor in optree.tree_accessors(tree)]
+    names = [separator.join(entry_name(entry) for entry in accessor) for accessor in optree.tree_accessors(tree)]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise TreeError(f"two leaves have the name {twice!r}: rename a key that holds {separator!r}")

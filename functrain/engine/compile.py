@@ -5,21 +5,20 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
 
 from functrain.core import tree
 from functrain.core.deferred import Deferred
 from functrain.core.errors import ArgumentError, FunctrainError, TreeError
 from functrain.core.explain import Stage, explain
+from functrain.core.layout import Layout
 from functrain.core.step import Metrics, Step, apart, check_owned, moved, taken_over
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
+from functrain.engine.channels import channels_last
+from functrain.engine.graph import NoCompilerError, hands_on, lowered, traced
 
 
 def compiled(step: Step, *, donate: bool = True) -> Step:
@@ -51,12 +50,12 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
         if inside_tracing() or inside_transform():
             # A compiler or transform around this one takes the step as it is.
             return step.update(state, batch)
+        if latest and (known := latest[-1].known(state, batch)) is not None:
+            return latest[-1](known)
         check_owned(state)
         if eager:
             return _eager(step, state, batch, donate)
         given, given_spec = tree.flatten((state, batch))
-        if latest and latest[-1].knows(given_spec, given):
-            return latest[-1](given)
         given = [leaf if isinstance(leaf, Tensor) and not _lazy(leaf) else _resolved(leaf) for leaf in given]
         signature = (given_spec, *map(_kind, given))
         graph = graphs.get(signature)
@@ -68,7 +67,7 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
                     if graph is None:
                         whole, part = tree.unflatten(given_spec, given)
                         graph = graphs[signature] = _Graph(step, whole, part, donate)
-            except _NoCompilerError as error:
+            except NoCompilerError as error:
                 eager = True
                 warnings.warn(f"no C++ compiler ({error}): the step runs uncompiled", RuntimeWarning, stacklevel=2)
                 return _eager(step, state, batch, donate)
@@ -118,10 +117,6 @@ def _resolved(leaf: Any) -> Tensor:
     return leaf.resolve_conj().resolve_neg()
 
 
-class _NoCompilerError(Exception):
-    pass
-
-
 def _eager(step: Step, state: Any, batch: Tree, donate: bool) -> tuple[Any, Metrics]:
     new, metrics = step.update(state, batch)
     return (taken_over(tree.leaves(state), new, state) if donate and not step.donates else new), metrics
@@ -135,7 +130,7 @@ class _Graph:
         flat_batch, batch_spec = tree.flatten(batch)
         size = len(flat_state)
         self.donate = donate
-        self.results: Any = None
+        results: list[Any] = []
         self.written: list[int] = []
         self.replaced: list[int] = []
         in_place = donate
@@ -148,7 +143,8 @@ class _Graph:
                 raise FunctrainError(f"the step changes the structure of its state: {tree.difference(state, new)}")
             # A leaf that the step hands through (a key, a hyperparameter) is no output of the graph.
             changed = [place for place, (leaf, before) in enumerate(zip(fresh, old)) if leaf is not before]
-            measured, self.results = tree.flatten(metrics)
+            measured, form = tree.flatten(metrics)
+            results[:] = [form]
             outputs = apart([fresh[place] for place in changed] + measured, leaves)
             self.written = [place for place in changed if in_place and _fits(fresh[place], old[place])]
             self.replaced = [place for place in changed if place not in self.written]
@@ -158,36 +154,39 @@ class _Graph:
             places = changed + [-1] * len(measured)
             return tuple(leaf for place, leaf in zip(places, outputs) if place not in self.written)
 
-        self.spec, self.size = state_spec, size
-        self.given_spec = tree.structure((state, batch))
+        self.size = size
+        self.state, self.batch = Layout(state), Layout(batch)
         self.batch_kinds = [_kind(leaf) for leaf in flat_batch]
         self.mine: list[weakref.ref[Tensor]] = []
         examples = [*flat_state, *flat_batch]
-        graph = _traced(flat, examples)
-        if donate and _hands_on(graph):
+        graph = traced(flat, examples)
+        if donate and hands_on(graph):
             # The old buffers are still emptied; the new ones are the graph's own.
             in_place = False
-            graph = _traced(flat, examples)
-        self.run = _compile(graph, examples)
+            graph = traced(flat, examples)
+        channels_last(graph)
+        self.run = lowered(graph, examples)
+        self.measured = Layout(tree.unflatten(results[0], [0] * results[0].num_leaves))
 
-    def knows(self, spec: Any, given: list[Any]) -> bool:
-        """Whether the state is the one that this graph gave back last, and the batch one of its kind.
+    def known(self, state: Any, batch: Tree) -> list[Tensor] | None:
+        """The leaves, when the state is the one that this graph gave back last, and the batch one of its kind.
 
         The kinds of all leaves need not be looked at then: that was 30 of the 294 µs of a small step.
         """
-        if not self.mine or spec != self.given_spec:
-            return False
-        if not all(mine() is leaf for mine, leaf in zip(self.mine, given)):
-            return False
-        return all(
-            isinstance(leaf, Tensor) and _kind(leaf) == kind and not _lazy(leaf)
-            for leaf, kind in zip(given[self.size :], self.batch_kinds)
-        )
+        leaves, rows = self.state.leaves(state), self.batch.leaves(batch)
+        if not self.mine or leaves is None or rows is None:
+            return None
+        for mine, leaf in zip(self.mine, leaves):
+            if mine() is not leaf:
+                return None
+        for leaf, kind in zip(rows, self.batch_kinds):
+            if not isinstance(leaf, Tensor) or _kind(leaf) != kind or _lazy(leaf):
+                return None
+        return leaves + rows
 
     def __call__(self, given: list[Tensor]) -> tuple[Any, Metrics]:
-        with torch.no_grad():
-            outputs = list(self.run(*given))
         leaves = given[: self.size]
+        outputs = self.run(given)
         for place in self.written:
             leaves[place] = moved(leaves[place])
         for place, leaf in zip(self.replaced, outputs):
@@ -195,96 +194,9 @@ class _Graph:
                 moved(leaves[place])
             leaves[place] = leaf
         self.mine = list(map(weakref.ref, leaves))
-        return tree.unflatten(self.spec, leaves), tree.unflatten(self.results, outputs[len(self.replaced) :])
+        return self.state.built(leaves), self.measured.built(list(outputs[len(self.replaced) :]))
 
 
 def _fits(leaf: Tensor, buffer: Tensor) -> bool:
     # A carry may change its shape from batch to batch: copied into the old buffer it would be broadcast, or cast.
     return leaf.shape == buffer.shape and leaf.dtype == buffer.dtype
-
-
-def _traced(function: Callable[..., Any], examples: list[Tensor]) -> GraphModule:
-    # Traced at the level of operators and given to inductor directly: no guards are checked at each call
-    # (233 µs against 301 µs by torch.compile for an MLP of 64-128-128-10), and no Python feature is out of bounds.
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    # On tensors without values: a loss that looks at one fails here, where with values it would become a constant.
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with torch.no_grad():
-            return make_fx(function)(*map(mode.from_tensor, examples))
-    except RuntimeError as error:
-        looks = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-        if not looks and not any(text in str(error) for text in _LOOKS):
-            raise
-        raise FunctrainError(
-            "the step is not one graph, it reads the value of a tensor (an if, float(), .item(), .tolist(), .numpy() or a "
-            f"boolean mask in the loss): use torch.where or weights, or run the step uncompiled ({_first_line(error)})"
-        ) from error
-
-
-_LOOKS = ("tracing tensor", "data-dependent", "not supported for tensor subclasses", "Cannot access data pointer")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def _hands_on(graph: GraphModule) -> bool:
-    """Whether a value that the graph gives out is nothing but (part of) one of its inputs, moved or copied.
-
-    Inductor (torch 2.13) takes copies out of a graph, and then reads such a value after the buffer that it came from
-    has been written to: a carry of the old params would be that of the new ones.
-    """
-    (given,) = graph.graph.output_node().args
-    assert isinstance(given, tuple | list)
-    values = [*given, *(node.args[1] for node in graph.graph.nodes if _writes_input(node))]
-    return any(_origin(value).op == "placeholder" for value in values if isinstance(value, Node))
-
-
-def _writes_input(node: Node) -> bool:
-    target = node.args[0] if node.target is torch.ops.aten.copy_.default else None
-    return isinstance(target, Node) and target.op == "placeholder"
-
-
-_COPIES = ("clone", "_to_copy", "lift_fresh_copy", "constant_pad_nd", "pow", "_unsafe_view")
-
-
-def _origin(node: Node) -> Node:
-    while isinstance(node.target, OpOverload):
-        name = node.target.overloadpacket.__name__
-        if name in ("copy", "copy_"):
-            source = node.args[1]
-        elif name == "cat":
-            (source,) = found if isinstance(found := node.args[0], list | tuple) and len(found) == 1 else (None,)
-        elif name in _COPIES or node.target.is_view:
-            source = node.args[0]
-        else:
-            break
-        # A copy that is written to afterwards (batch norm's buffers) is another value.
-        if not isinstance(source, Node) or any(_mutates(user) for user in node.users):
-            break
-        node = source
-    return node
-
-
-def _mutates(node: Node) -> bool:
-    if not isinstance(node.target, OpOverload):
-        return False
-    # Batch norm's operators write to their running statistics, which their schemas do not say.
-    return (node.target._schema.is_mutable and not _writes_input(node)) or "batch_norm" in node.target.overloadpacket.__name__
-
-
-def _compile(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
-
-    try:
-        # The signature already fixes sizes and strides: checking them again costs 20 µs a call.
-        unchecked = {"size_asserts": False, "alignment_asserts": False}
-        with torch.no_grad():
-            return torch._inductor.compile(graph, list(examples), options=unchecked)
-    except (InvalidCxxCompiler, InductorError) as error:
-        if isinstance(error, InvalidCxxCompiler) or "InvalidCxxCompiler" in str(error):
-            raise _NoCompilerError(_first_line(error)) from error
-        raise

@@ -95,10 +95,7 @@ def repeat(step: Step, steps: int) -> Step:
 
     def update(state: Any, batches: Tree) -> tuple[Any, Metrics]:
         batches = drawn(batches)
-        height = tree.batch_size(batches)
-        if height != steps:
-            advice = f"source.batch({steps}, drop_last=True)"
-            raise ArgumentError(f"repeat takes {steps} batches stacked, got {height}: make them with {advice}")
+        checked_stack("repeat", batches, steps)
         rows = []
         for batch in tree.unstack(batches):
             state, metrics = step.update(state, batch)
@@ -109,3 +106,11 @@ def repeat(step: Step, steps: int) -> Step:
         return Stage(f"repeat, {steps} steps in one", {}, [explain(step)])
 
     return Step(step.init, update, stage, step.donates, step.grad, lambda grad: repeat(step.remade(grad), steps))
+
+
+def checked_stack(name: str, batches: Tree, steps: int) -> None:
+    """Raise `ArgumentError` unless `batches` are `steps` of them, stacked."""
+    height = tree.batch_size(batches)
+    if height != steps:
+        advice = f"source.batch({steps}, drop_last=True)"
+        raise ArgumentError(f"{name} takes {steps} batches stacked, got {height}: make them with {advice}")

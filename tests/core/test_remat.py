@@ -169,6 +169,21 @@ def test_arguments_that_are_used_twice_or_not_at_all():
     same_bits("neither", unused.grad, torch.zeros(2, dtype=torch.float64))
 
 
+def test_a_result_that_nobody_uses_has_no_derivative():
+    """√x has none at 0: a gradient of zero for it would be 0 · ∞."""
+    block = ft.remat(lambda x: (x.square() + x, x.sqrt()))
+
+    def first(x):
+        return block(x)[0].sum()
+
+    zeros = torch.zeros(2, 3)
+    for gradient in (func.grad(first), func.vmap(func.grad(first))):
+        assert torch.equal(gradient(zeros), torch.ones(2, 3))
+    tracked = zeros.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(first(tracked), tracked)[0], torch.ones(2, 3))
+    assert torch.equal(func.grad(lambda x: func.grad(first)(x).sum())(zeros), torch.full((2, 3), 2.0))
+
+
 def test_a_whole_loss_keeps_its_signature():
     def loss(params, batch, *, carry, key):
         return (ft.random.dropout(batch, 0.5, key) * params).square().sum(1), carry + 1

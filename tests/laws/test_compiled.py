@@ -10,6 +10,7 @@ from instances import OPTIMIZERS, carried_loss, carried_start, keyed_loss, net_b
 from torch import nn
 
 import functrain as ft
+from functrain.engine.graph import traced
 from functrain.testing import check_step, equal, same_bits
 
 
@@ -251,3 +252,15 @@ def test_a_step_that_changes_the_structure_of_its_state_is_refused():
     step = ft.compiled(ft.step(ft.grad(growing), ft.optim.sgd(0.1)))
     with pytest.raises(ft.FunctrainError, match=r"structure of its state.*'carry.n1'"):
         step(step.init({"w": torch.tensor(1.0)}, carry={"n0": torch.tensor(0.0)}), torch.ones(3))
+
+
+@pytest.mark.parametrize("leaves", [1, 5])
+def test_what_all_leaves_share_is_in_the_graph_once(leaves):
+    optimizer = ft.optim.adamw(1e-3)
+    params = {str(n): torch.ones(3) for n in range(leaves)}
+    flat, spec = ft.tree.flatten((params, optimizer.init(params), params))
+    graph = traced(lambda *given: ft.tree.leaves(optimizer.update(*ft.tree.unflatten(spec, given))), flat)
+    counted = [node.target for node in graph.graph.nodes]
+    # β₁ᵗ and β₂ᵗ, and the vector that inductor stores them in.
+    assert counted.count(torch.ops.aten.pow.Tensor_Tensor) == 2
+    assert counted.count(torch.ops.aten.as_strided.default) == 1

@@ -1,9 +1,8 @@
-"""Law 11: optimizers follow torch.optim's over 100 steps, and schedules torch's schedulers; all obey check_optimizer."""
+"""Law 11: every optimizer obeys check_optimizer (core/test_torch_optimizers.py: and follows torch's, where it has one)."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 
 import pytest
@@ -16,29 +15,22 @@ import functrain as ft
 from functrain.core.optim import apply_updates, cosine, with_hyper
 from functrain.testing import LawError, check_optimizer, equal
 
-DTYPES = [torch.float64, torch.float32]
-TORCH = {
-    "sgd": (torch.optim.SGD, {}),
-    "sgd decay": (torch.optim.SGD, {"weight_decay": 0.1}),
-    "sgd momentum": (torch.optim.SGD, {"momentum": 0.9}),
-    "sgd dampening": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}),
-    "sgd nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
-    "adam": (torch.optim.Adam, {}),
-    "adam decay": (torch.optim.Adam, {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}),
-    "adamw": (torch.optim.AdamW, {}),
-}
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_obeys_its_laws(name):
+    check_optimizer(OPTIMIZERS[name](0.05))
 
 
-@pytest.mark.parametrize(("name", "rate"), list(itertools.product(OPTIMIZERS, RATES)))
-def test_every_optimizer_obeys_its_laws(name, rate):
-    check_optimizer(OPTIMIZERS[name](RATES[rate](0.05)))
+@pytest.mark.parametrize("rate", RATES)
+def test_an_optimizer_on_every_schedule_obeys_its_laws(rate):
+    check_optimizer(ft.optim.adamw(RATES[rate](0.05)))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_every_optimizer_keeps_the_dtype_of_params(name, dtype):
     params = net_params(0, torch.float64)
-    check_optimizer(OPTIMIZERS[name](0.01), ft.tree.map(lambda leaf: leaf.to(dtype), params))
+    check_optimizer(OPTIMIZERS[name](0.01), ft.tree.map(lambda leaf: leaf.to(dtype), params), differentiable=False)
 
 
 @settings(max_examples=10)
@@ -51,54 +43,9 @@ def test_every_optimizer_keeps_the_dtype_of_params(name, dtype):
 )
 def test_adam_and_adamw_with_any_numbers(lr, b1, b2, eps, decay):
     for optimizer in (ft.optim.adam, ft.optim.adamw):
-        check_optimizer(optimizer(lr, b1=b1, b2=b2, eps=eps, weight_decay=decay), net_params(0, torch.float64), steps=3)
-
-
-def follow(params, optimizer, torch_optimizer, scheduler=None, fused=False, steps=100):
-    """Both optimizers from the same params, over the same gradients of a quadratic bowl with noise."""
-    theirs = [leaf.clone() for leaf in ft.tree.leaves(params)]
-    other = torch_optimizer(theirs)
-    rates = scheduler(other) if scheduler else None
-    mine, state = ft.tree.map(torch.clone, params), optimizer.init(params)
-    flat, spec = ft.tree.flatten(params)
-    for count in range(steps):
-        noise = [ft.random.normal(ft.random.key(1000 * count + n), p.shape, p.dtype) for n, p in enumerate(flat)]
-        for leaf, shift in zip(theirs, noise):
-            leaf.grad = leaf.detach() + shift
-        other.step()
-        if rates is not None:
-            rates.step()
-        grads = ft.tree.map(torch.add, mine, ft.tree.unflatten(spec, noise))
-        if fused:
-            mine, state = optimizer.fused(grads, state, mine)
-        else:
-            updates, state = optimizer.update(grads, state, mine)
-            mine = apply_updates(mine, updates)
-    return mine, ft.tree.unflatten(spec, [leaf.detach() for leaf in theirs])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", TORCH)
-def test_a_hundred_steps_follow_torch(name, dtype):
-    kind, options = TORCH[name]
-    optimizer = OPTIMIZERS[name](0.01)
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    for fused in (False, True) if optimizer.fused else (False,):
-        got, expected = follow(net_params(2, dtype), optimizer, lambda leaves: kind(leaves, lr=0.01, **options), fused=fused)
-        equal(f"{name}, fused={fused}", got, expected, tolerance)
-
-
-@pytest.mark.parametrize("name", ["sgd nesterov", "adamw"])
-def test_cosine_follows_torchs_cosine(name):
-    kind, options = TORCH[name]
-    got, expected = follow(
-        net_params(3, torch.float64),
-        OPTIMIZERS[name](cosine(0.02, 60, end=0.001)),
-        lambda leaves: kind(leaves, lr=0.02, **options),
-        lambda other: torch.optim.lr_scheduler.CosineAnnealingLR(other, 60, eta_min=0.001),
-        steps=60,
-    )
-    equal(name, got, expected, 1e-9)
+        check_optimizer(
+            optimizer(lr, b1=b1, b2=b2, eps=eps, weight_decay=decay), net_params(0, torch.float64), steps=3, transforms=False
+        )
 
 
 def test_schedules_are_what_they_say():

@@ -15,7 +15,7 @@ from functrain.core.errors import ArgumentError, FunctrainError, LossError, Tree
 from functrain.core.examples import recorded, reference
 from functrain.core.examples.batch import Examples
 from functrain.core.examples.reference import Scale
-from functrain.core.grad import Grad, as_gradient, check_params, checked_size
+from functrain.core.grad import Grad, as_gradient, check_params, checked_size, entry_of
 from functrain.core.loss import missing
 from functrain.core.reduce.base import Gradient
 from functrain.core.transforms import inside_transform
@@ -108,7 +108,7 @@ def plan_of(grad: Any, params: Tree, batch: Tree, *, carry: Tree = None, key: Te
     scale = expanded: a gradient for each example, by autograd
     w = linear: norms from activations and output gradients
     """
-    paths = tree.paths(params)
+    paths = tree.paths(entry_of(grad, params).value)
     one = next(_examples(grad, params, batch, carry, key).parts(1))
     return dict(zip(paths, _first(one, partial(recorded.algebra, one), partial(_as_a_whole, one))))
 
@@ -121,12 +121,12 @@ _WHOLE: dict[reference.Rows, str] = {
 
 def _as_a_whole(examples: Examples, way: reference.Rows) -> list[str]:
     way(examples)
-    return [_WHOLE[way]] * len(tree.leaves(examples.params))
+    return [_WHOLE[way]] * len(entry_of(examples.grad, examples.params).leaves)
 
 
 def _examples(grad: Any, params: Tree, batch: Tree, carry: Tree, key: Tensor | None) -> Examples:
     check_lanes(as_gradient(grad))
-    check_params(params, tree.leaves(params))
+    check_params(entry_of(grad, params))
     batch = drawn(batch)
     size = checked_size(batch)
     if not all(isinstance(leaf, Tensor) for leaf in tree.leaves(batch)):

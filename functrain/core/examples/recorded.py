@@ -11,12 +11,14 @@ from torch import Tensor
 
 from functrain.core import loss as losses
 from functrain.core import tree
+from functrain.core.entries import Entry
 from functrain.core.examples.batch import Examples, added, joined
 from functrain.core.examples.contribution import Contribution
 from functrain.core.examples.norms import Account, accounts, norms
 from functrain.core.examples.reference import Scale
 from functrain.core.examples.rules import RULES
 from functrain.core.examples.tape import LayoutError, OverBudgetError, Tape
+from functrain.core.grad import entry_of
 from functrain.core.reduce.base import Gradient
 from functrain.core.tree import Tree
 
@@ -26,13 +28,13 @@ Result = TypeVar("Result")
 class Recording(NamedTuple):
     """A run of the loss on all examples: each one's totals, with the graph that leads to them, and the notes taken."""
 
-    leaves: list[Tensor]
+    params: Entry
     tape: Tape
     totals: losses.Totals
 
     def accounts(self) -> list[Account]:
         """Each leaf's contributions, after one backward pass."""
-        return accounts(self.leaves, self.tape.contributions(self.totals.loss))
+        return accounts(self.params.leaves, self.tape.contributions(self.totals.loss))
 
     def gradient(self) -> Gradient:
         """All but the gradients: loss, weight and aux `(N, …)`, and the lanes of carry."""
@@ -43,8 +45,8 @@ class Recording(NamedTuple):
 def record(examples: Examples, budget: int, relay: bool = True) -> Recording:
     """Run the loss on every example as a batch of one, all together, as under torch.func.vmap (`relay`: see `Tape`)."""
     grad, params, batch, carry, keys, size = examples
-    leaves, params_spec = tree.flatten(params)
-    tape = Tape(leaves, size, RULES, budget, relay)
+    mine = entry_of(grad, params)
+    tape = Tape(mine.leaves, size, RULES, budget, relay)
     flat, spec = tree.flatten((batch, carry, keys))
     result = None
 
@@ -55,14 +57,14 @@ def record(examples: Examples, budget: int, relay: bool = True) -> Recording:
     def one(*leaves: Tensor) -> list[Tensor]:
         nonlocal result
         part, lane, own = tree.unflatten(spec, leaves)
-        totals = losses.total(noted, grad.uses, tree.unflatten(params_spec, tape.raw), part, 1, lane, own)
+        totals = losses.total(noted, grad.uses, mine.whole(tape.raw), part, 1, lane, own)
         outputs, result = tree.flatten(totals)
         return outputs
 
     with torch.enable_grad():
         outputs = tape.run(one, [leaf.unsqueeze(1) for leaf in flat])
     assert result is not None
-    return Recording(leaves, tape, tree.unflatten(result, outputs))
+    return Recording(mine, tape, tree.unflatten(result, outputs))
 
 
 def rows(examples: Examples, budget: int) -> Gradient:
@@ -70,7 +72,7 @@ def rows(examples: Examples, budget: int) -> Gradient:
 
     def taken(recording: Recording) -> Gradient:
         grads = [account.rows(examples.size) for account in recording.accounts()]
-        return recording.gradient()._replace(grads=tree.unflatten(tree.structure(examples.params), grads))
+        return recording.gradient()._replace(grads=tree.unflatten(recording.params.spec, grads))
 
     return _whole_or_cut(examples, budget, taken, lambda part: rows(part, budget), joined)
 
@@ -84,7 +86,7 @@ def scaled(examples: Examples, scale: Scale, budget: int) -> Gradient:
         grads = [account.scaled(scales) for account in found]
         _, loss, weight, carry, aux = recording.gradient()
         loss, weight, aux = tree.map(lambda leaf: leaf.sum(0), (loss, weight, aux))
-        return Gradient(tree.unflatten(tree.structure(examples.params), grads), loss, weight, carry, aux)
+        return Gradient(tree.unflatten(recording.params.spec, grads), loss, weight, carry, aux)
 
     return _whole_or_cut(examples, budget, taken, lambda part: scaled(part, scale, budget), added)
 
@@ -108,7 +110,7 @@ def _laid(examples: Examples, budget: int, taken: Callable[[Recording], Result])
 
     def run(relay: bool) -> Result:
         recording = record(examples, budget, relay)
-        with _exactly(recording.leaves):
+        with _exactly(recording.params.leaves):
             return taken(recording)
 
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from functrain.core import tree
 from functrain.core.examples.batch import Examples, added, joined
 from functrain.core.examples.contribution import combined, exact, lengths, overall
-from functrain.core.grad import summed
+from functrain.core.grad import entry_of, summed
 from functrain.core.reduce.base import Gradient
 
 Scale = Callable[[Tensor], Tensor]
@@ -63,5 +63,5 @@ def _scaled(taken: Gradient, scale: Scale) -> Gradient:
 
 
 def _fitting(examples: Examples, budget: int) -> int:
-    size = sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(examples.params))
+    size = sum(leaf.numel() * leaf.element_size() for leaf in entry_of(examples.grad, examples.params).leaves)
     return max(1, budget // max(1, size))

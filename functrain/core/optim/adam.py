@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrain.core import tree
-from functrain.core.optim.base import Hyper, Optimizer, checked, checked_grads, checked_state, place, resolve
+from functrain.core.optim.arithmetic import Arithmetic, Leaf, Number, root
+from functrain.core.optim.base import Hyper, Optimizer, checked
+from functrain.core.optim.leafwise import Kernel, Numbers, leafwise
 from functrain.core.tree import Tree
 
 
@@ -67,80 +68,48 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
         "weight_decay": checked("weight_decay", weight_decay),
     }
 
-    def init(params: Tree) -> AdamState:
-        count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
-        zeros = tree.map(torch.zeros_like, params)
-        return AdamState(count, zeros, tree.map(torch.zeros_like, params), place(settings, params))
+    def rule(do: Arithmetic, p: Leaf, g: Leaf, m: Leaf, v: Leaf, n: Numbers) -> tuple[Leaf, Leaf]:
+        if decoupled:
+            do.decay(n["decay"])
+        else:
+            g = do.add(g, p, n["weight_decay"])
+        m = do.lerp_(m, g, n["fresh1"])
+        v = do.addcmul_(do.mul_(v, n["b2"]), g, g, n["fresh2"])
+        do.descend_ratio(m, do.shift_(do.div_(do.sqrt(v), n["root"]), n["eps"]), n["size"])
+        return m, v
 
-    def update(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        checked_state(state, AdamState)
-        checked_grads(grads, params)
-        now = resolve(settings, state.hyper, state.steps)
-        count = state.steps + 1
-        flat, spec = tree.flatten(params)
-        rows = [
-            _leaf(g, m, v, p, now, count, decoupled)
-            for g, m, v, p in zip(*map(tree.leaves, (grads, state.first, state.second)), flat)
-        ]
-        updates, first, second = ([row[column] for row in rows] for column in range(3))
-        new = AdamState(count, tree.unflatten(spec, first), tree.unflatten(spec, second), state.hyper)
-        return tree.unflatten(spec, updates), new
+    buffers = {"first": torch.zeros_like, "second": torch.zeros_like}
+    return leafwise(name, AdamState, settings, _numbers, rule, buffers=buffers, kernel=adam_kernel(decoupled))
 
-    def fused(grads: Tree, state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        checked_state(state, AdamState)
-        now = {name: value.item() for name, value in resolve(settings, state.hyper, state.steps).items()}
-        count = state.steps + 1
-        kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-        flat, spec = tree.flatten(params)
-        others = (tree.leaves_like(spec, other, params) for other in (grads, state.first, state.second))
-        rows = [_alike(*row) for row in zip(flat, *others)]
-        new, g, first, second = ([row[column] for row in rows] for column in range(4))
+
+def _numbers(now: Numbers, count: Number, _: Numbers) -> tuple[Numbers, Numbers]:
+    lr, b1, b2 = now["lr"], now["b1"], now["b2"]
+    sizes = {"size": lr / (1 - b1**count), "root": root(1 - b2**count), "decay": lr * now["weight_decay"]}
+    return {**now, **sizes, "fresh1": 1 - b1, "fresh2": 1 - b2}, {}
+
+
+def adam_kernel(decoupled: bool, amsgrad: bool = False) -> Kernel:
+    """torch's fused kernel of Adam's family; with `amsgrad` there is a third buffer, the largest second moment."""
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    def run(
+        params: list[Tensor], grads: list[Tensor], buffers: list[list[Tensor]], now: dict[str, float], count: Tensor
+    ) -> None:
+        first, second = buffers[:2]
         kernel(
-            new,
-            g,
+            params,
+            grads,
             first,
             second,
-            [],
-            [count.to(torch.float32)] * len(flat),
+            buffers[2] if amsgrad else [],
+            [count.to(torch.float32)] * len(params),
             lr=now["lr"],
             beta1=now["b1"],
             beta2=now["b2"],
             weight_decay=now["weight_decay"],
             eps=now["eps"],
-            amsgrad=False,
+            amsgrad=amsgrad,
             maximize=False,
         )
-        moments = tree.unflatten(spec, first), tree.unflatten(spec, second)
-        return tree.unflatten(spec, new), AdamState(count, *moments, state.hyper)
 
-    return Optimizer(init, update, fused, name, settings)
-
-
-def _alike(*leaves: Tensor) -> tuple[Tensor, ...]:
-    # The fused kernel walks memory, not indices: where strides differ (a gradient is often transposed, or expanded
-    # from one number) it would mix elements up, or read past the end.
-    first = leaves[0].stride()
-    return leaves if all(leaf.stride() == first for leaf in leaves) else tuple(leaf.contiguous() for leaf in leaves)
-
-
-def _leaf(
-    g: Tensor, m: Tensor, v: Tensor, p: Tensor, now: dict[str, Tensor], count: Tensor, decoupled: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    real = torch.float64 if p.dtype == torch.float64 else torch.float32
-
-    def cast(value: Tensor) -> Tensor:
-        # 0-d float64 against float32 leaves: cast once here, so that compiled kernels stay in the leaf's width.
-        return value.to(real)
-
-    lr, b1, b2, decay = now["lr"], now["b1"], now["b2"], now["weight_decay"]
-    if not decoupled:
-        g = g + cast(decay) * p
-    m = m + cast(1 - b1) * (g - m)
-    v = cast(b2) * v + cast(1 - b2) * g * g
-    size = cast(lr / (1 - b1**count))
-    root = cast(torch.sqrt(1 - b2**count))
-    change = -size * m / (v.sqrt() / root + cast(now["eps"]))
-    if decoupled:
-        change = change - cast(lr * decay) * p
-    # 0-d leaves of half precision would be widened by the 0-d hyperparameters.
-    return change.to(p.dtype), m.to(p.dtype), v.to(p.dtype)
+    return run

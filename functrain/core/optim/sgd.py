@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrain.core import tree
 from functrain.core.errors import ArgumentError
-from functrain.core.optim.base import Hyper, Optimizer, checked, checked_grads, checked_state, place, resolve
+from functrain.core.optim.arithmetic import Arithmetic, Leaf, Number, choose
+from functrain.core.optim.base import Hyper, Optimizer, checked
+from functrain.core.optim.leafwise import Numbers, leafwise
 from functrain.core.tree import Tree
 
 
@@ -51,29 +52,22 @@ def sgd(
     if momentum == 0.0:
         settings.pop("dampening", None)
 
-    def init(params: Tree) -> SgdState:
-        buffers = None if momentum == 0.0 else tree.map(torch.zeros_like, params)
-        count = torch.zeros((), dtype=torch.int64, device=next((p.device for p in tree.leaves(params)), None))
-        return SgdState(count, buffers, place(settings, params))
+    def rule(do: Arithmetic, p: Leaf, g: Leaf, *rest: Any) -> tuple[Leaf, ...]:
+        *buffers, n = rest
+        if "weight_decay" in n:
+            g = do.add(g, p, n["weight_decay"])
+        if not buffers:
+            do.descend(g, n["lr"])
+            return ()
+        b = do.add_(do.mul_(buffers[0], n["momentum"]), g, n.get("fresh", 1))
+        do.descend(do.add(g, b, n["momentum"]) if nesterov else b, n["lr"])
+        return (b,)
 
-    def update(grads: Tree, state: SgdState, params: Tree) -> tuple[Tree, SgdState]:
-        checked_state(state, SgdState)
-        checked_grads(grads, params)
-        now = resolve(settings, state.hyper, state.steps)
-        if "weight_decay" in now:
-            grads = tree.map(lambda g, p: g + now["weight_decay"].to(p.dtype) * p, grads, params)
-        buffers, used = state.momentum, grads
-        if buffers is not None:
-            buffers = used = tree.map(lambda b, g: _buffer(b, g, now, state.steps), buffers, grads)
-            if nesterov:
-                used = tree.map(lambda g, b: g + now["momentum"].to(g.dtype) * b, grads, buffers)
-        updates = tree.map(lambda u: -now["lr"].to(u.dtype) * u, used)
-        return updates, SgdState(state.steps + 1, buffers, state.hyper)
-
-    return Optimizer(init, update, None, "sgd", settings | ({"nesterov": True} if nesterov else {}))
+    buffers = {} if momentum == 0.0 else {"momentum": torch.zeros_like}
+    options = {"nesterov": True} if nesterov else {}
+    return leafwise("sgd", SgdState, settings, _numbers, rule, buffers=buffers, options=options)
 
 
-def _buffer(buffer: Tensor, grad: Tensor, now: dict[str, Tensor], count: Tensor) -> Tensor:
-    if "dampening" in now:
-        grad = torch.where(count == 0, 1.0, 1.0 - now["dampening"]).to(grad.dtype) * grad
-    return now["momentum"].to(buffer.dtype) * buffer + grad
+def _numbers(now: Numbers, count: Number, _: Numbers) -> tuple[Numbers, Numbers]:
+    fresh = {"fresh": choose(count == 1, 1.0, 1 - now["dampening"])} if "dampening" in now else {}
+    return {**now, **fresh}, {}

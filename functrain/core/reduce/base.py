@@ -137,8 +137,14 @@ def checked_weight(weight: Tensor) -> None:
 
 
 def divided(values: Tree, by: Tensor) -> Tree:
-    """Each leaf divided by the 0-d `by`, in the leaf's own dtype."""
-    return tree.map(lambda leaf: leaf / by.to(leaf.dtype), values)
+    """Each leaf divided by the 0-d `by`; at least in float32, and given in the leaf's own dtype."""
+
+    def one(leaf: Tensor) -> Tensor:
+        # bfloat16 knows no weight of 257, and float16 none above 65504.
+        wide = torch.promote_types(leaf.dtype, torch.float32)
+        return (leaf.to(wide) / by.to(wide)).to(leaf.dtype)
+
+    return tree.map(one, values)
 
 
 def mean_of(total: Gradient, check: bool = True) -> Gradient:
