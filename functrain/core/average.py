@@ -89,7 +89,7 @@ def averaged(step: Step, decay: Hyper | None = 0.999, *, start: int = 0, every: 
         new, metrics = step.update(state._replace(opt=own.inner), batch)
         now = resolve(settings, own.hyper, own.taken)
         if isinstance(decay, Schedule):
-            metrics = {**metrics, **now}
+            metrics = {**metrics, **{f"average.{name}" if name in metrics else name: value for name, value in now.items()}}
         due = None if start == 0 and every == 1 else _due(state.position, new.position, start, every)
         return new._replace(opt=_advanced(own, new, now.get("decay"), due)), metrics
 
@@ -103,7 +103,7 @@ def averaged(step: Step, decay: Hyper | None = 0.999, *, start: int = 0, every: 
     def remake(grad: Any) -> Step:
         return averaged(step.remade(grad), decay, start=start, every=every, carry=carry)
 
-    return Step(init, update, stage, grad=step.grad, remake=remake)
+    return Step(init, update, stage, grad=step.grad, remake=remake, takes=step.takes)
 
 
 def average(state: Any, of: Literal["params", "carry"] = "params") -> Tree:

@@ -82,7 +82,10 @@ def guard(step: Step, policy: Policy = "skip") -> Step:
         }
         return Stage("guard", {"policy": f"{policy}: {facts[policy]}"}, [explain(step)])
 
-    return Step(step.init, update, stage, grad=step.grad, remake=lambda grad: guard(step.remade(grad), policy))
+    def remake(grad: Any) -> Step:
+        return guard(step.remade(grad), policy)
+
+    return Step(step.init, update, stage, grad=step.grad, remake=remake, takes=step.takes)
 
 
 class _Kept(NamedTuple):

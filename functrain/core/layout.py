@@ -15,8 +15,8 @@ class Layout:
     """The structure of a tree: `leaves(other)` of another such tree, and `built(leaves)`, as `tree.flatten` and back.
 
     A walk through a step's state took 15 µs by a general function and takes 2 by one that knows the keys, which matters to
-    steps of 200 µs. `leaves` gives None for a tree of another structure. Trees with containers other than dicts, lists, tuples
-    and named tuples go the general way.
+    steps of 200 µs. `leaves` gives None for a tree of another structure, or order of keys. Trees with containers other than
+    lists, tuples, named tuples and dicts of text, or nested too deeply, go the general way (`written` is False).
 
     >>> layout = Layout({"b": [1, 2], "a": None})
     >>> layout.leaves({"b": [3, 4], "a": None}), layout.leaves({"b": [3]}), layout.built([5, 6])
@@ -27,18 +27,23 @@ class Layout:
         self.spec = tree.structure(like)
         self.leaves: Callable[[Tree], list[Any] | None] = self._leaves
         self.built: Callable[[list[Any]], Tree] = self._built
-        code = _Code()
+        self.written = False
         try:
-            place = code.node(like, "t")
-        except _OtherContainerError:
+            self._write(like)
+        except (_OtherContainerError, RecursionError, MemoryError, SyntaxError):
+            # The last two are Python's, for code of many brackets.
             return
+
+    def _write(self, like: Tree) -> None:
+        code = _Code()
+        place = code.node(like, "t")
         names = ", ".join(f"l{number}" for number in range(code.count))
         unpacked = f"    [{names}] = leaves\n" if names else ""
         taken = f"def leaves(t):\n{''.join(code.checks)}    return [{names}]\n"
         space: dict[str, Any] = dict(code.constants)
         # Keys and types come in as constants: no text of a tree becomes code.
         exec(f"{taken}\ndef built(leaves):\n{unpacked}    return {place}\n", space)
-        self.leaves, self.built = space["leaves"], space["built"]
+        self.leaves, self.built, self.written = space["leaves"], space["built"], True
 
     def _leaves(self, other: Tree) -> list[Any] | None:
         flat, spec = tree.flatten(other)
@@ -92,14 +97,13 @@ class _Code:
     def _children(self, value: Tree, kind: type[Any]) -> str:
         mine = f"n{self.nodes}"
         if kind is dict:
-            try:
-                order = sorted(value)
-            except TypeError:
-                raise _OtherContainerError from None
+            # True, 1 and 1.0 are one key.
+            if any(type(key) is not str for key in value):
+                raise _OtherContainerError
             names = {key: self.constant(key) for key in value}
-            for key in order:
-                self.checks.append(f"    if {names[key]} not in {mine}: return None\n")
-            built = {key: self.node(value[key], f"{mine}[{names[key]}]") for key in order}
+            # In another order it is another tree, to a loss that goes through its values; though not to optree.
+            self.checks.append(f"    if tuple({mine}) != {self.constant(tuple(value))}: return None\n")
+            built = {key: self.node(value[key], f"{mine}[{names[key]}]") for key in sorted(value)}
             return "{" + ", ".join(f"{names[key]}: {built[key]}" for key in value) + "}"
         built_items = [self.node(one, f"{mine}[{place}]") for place, one in enumerate(value)]
         if kind is list:
@@ -135,13 +139,24 @@ class Memo:
             if leaves is not None and all(isinstance(leaf, Tensor) for leaf in leaves):
                 return leaves, latest
         leaves, spec = tree.flatten(value)
-        layout = self._known.get(spec)
+        kind = spec, order(value)
+        layout = self._known.get(kind)
         if layout is None:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            layout = self._known[spec] = Layout(value)
-        self._latest = layout
+            layout = self._known[kind] = Layout(value)
+        # One that goes the general way knows no order of keys.
+        self._latest = layout if layout.written else None
         return leaves, layout
 
 
 _REMEMBERED = 64
+
+
+def order(value: Tree) -> tuple[Any, ...]:
+    """The keys of all dicts in a tree, in the order they have there, with their types: what optree takes for equal."""
+    if isinstance(value, dict):
+        return tuple((type(key), key, order(one)) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(order, value))
+    return ()

@@ -68,8 +68,10 @@ def loss_scaled(step: Step, *, initial: float = 2.0**15, factor: float = 2.0, pa
     if step.grad is None or step.remake is None:
         raise ArgumentError(
             f"loss_scaled scales the loss inside of a step's gradient, and this step ({explain(step).title}) is not made of "
-            "one: put it inside, around ft.step(grad, optimizer)"
+            "one: put it around the ft.step(grad, optimizer) inside; or, for players of a game, compute in bfloat16"
         )
+    if explain(step).has("loss_scaled"):
+        raise ArgumentError("the loss of this step is scaled already: ft.loss_scaled goes around it once")
     if explain(step).has("compiled"):
         outside = "ft.compiled(ft.loss_scaled(step))"
         raise ArgumentError(f"the scale would be a constant of a compiled step: compile outside, {outside}")
@@ -99,7 +101,8 @@ def loss_scaled(step: Step, *, initial: float = 2.0**15, factor: float = 2.0, pa
         told = {name: value for name, value in metrics.items() if name != _OVERFLOW}
         opt = Scaled(new.opt, *_adapted(own, good, factor, patience, least))
         # A copy: the state's own goes to whoever donates that.
-        return new._replace(opt=opt), {**told, "skipped": skipped, "scale": own.scale.clone()}
+        name = "loss_scale" if "scale" in told else "scale"
+        return new._replace(opt=opt), {**told, "skipped": skipped, name: own.scale.clone()}
 
     def stage() -> Stage:
         facts = {
@@ -111,7 +114,7 @@ def loss_scaled(step: Step, *, initial: float = 2.0**15, factor: float = 2.0, pa
     def remake(grad: Any) -> Step:
         return loss_scaled(step.remade(grad), initial=initial, factor=factor, patience=patience, least=least)
 
-    return Step(init, update, stage, grad=step.grad, remake=remake)
+    return Step(init, update, stage, grad=step.grad, remake=remake, takes=step.takes)
 
 
 def _adapted(own: Scaled, good: Tensor, factor: float, patience: int, least: float) -> tuple[Tensor, Tensor]:

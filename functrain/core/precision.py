@@ -113,6 +113,8 @@ def mixed(loss: Callable[..., Any], policy: Precision | str = Precision(), *, ke
     >>> taken.grads, taken.loss
     (tensor(1.), tensor(1.))
     """
+    if hasattr(loss, "finished"):
+        raise ArgumentError(f"mixed takes a loss, got {explain(loss).title}: write ft.grad(ft.mixed(loss, policy))")
     return Mixed(loss, Precision.of(policy), keep)
 
 

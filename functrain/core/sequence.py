@@ -154,7 +154,8 @@ class Tbptt:
         for number, part in enumerate(windows(batch, self.window)):
             folded = None if keys is None else random.fold_in(keys, number)
             taken = summed(self.grad, params, part, carry=carry, key=folded)
-            carry = tree.map(Tensor.detach, taken.carry)
+            # No gradient of this call's crosses windows: each is one of its own. Derivatives of what is learned may.
+            carry = taken.carry
             total = reduce.add(total, taken._replace(carry=None))
         assert total is not None
         return total

@@ -16,7 +16,7 @@ from functrain.core.grad import as_gradient
 from functrain.core.heap import settled
 from functrain.core.layout import Memo
 from functrain.core.loss import measures
-from functrain.core.optim.base import Optimizer, apply_updates, updated, uses
+from functrain.core.optim.base import Optimizer, apply_updates, check_tensors, is_part, updated, uses
 from functrain.core.optim.hyper import placed_in, scheduled, shown
 from functrain.core.reduce.base import Gradient
 from functrain.core.transforms import inside_unroll
@@ -58,7 +58,8 @@ class Step:
 
     A step is called like its `update`. Combinators take a step and return one. With `donates`, update takes
     the state's buffers over, and the state that it was given is empty afterwards. `grad` is the gradient it takes, and
-    `remade(grad)` the same step around another gradient.
+    `remade(grad)` the same step around another gradient. An update goes on by `takes` positions, and takes that many batches,
+    stacked: more than one for `repeat` and `unroll`.
     """
 
     init: Callable[..., Any]
@@ -67,6 +68,7 @@ class Step:
     donates: bool = False
     grad: Any = None
     remake: Callable[[Any], Step] | None = None
+    takes: int = 1
 
     def remade(self, grad: Any) -> Step:
         """The same step around another gradient; `ArgumentError` for a step that was not made of one."""
@@ -106,7 +108,11 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
     """
     as_gradient(grad)
     if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-        raise ArgumentError(f"expected an optimizer, got {explain(optimizer).title}: for instance ft.optim.adamw(1e-3)")
+        raise ArgumentError(f"expected an optimizer, got {_what(optimizer)}")
+    if is_part(optimizer):
+        part = explain(optimizer).title
+        chained = f"ft.optim.chain({part}(…), ft.optim.sgd(0.1))"
+        raise ArgumentError(f"{part} changes gradients, and goes nowhere by itself: chain it, {chained}")
     spare: list[Tree] = []
     states = Memo()
 
@@ -116,7 +122,9 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         device = next((leaf.device for leaf in tree.leaves(mine)), torch.device("cpu"))
         key = (_key(seed) if isinstance(seed, Tensor) else random.key(seed)).to(device)
         position = torch.zeros((), dtype=torch.int64, device=device)
-        return State(mine, optimizer.init(mine), tree.map(_copied, carry), key, position)
+        opt = optimizer.init(mine)
+        check_tensors("the state that the optimizer's init returned", opt)
+        return State(mine, opt, tree.map(_copied, carry), key, position)
 
     def update(state: State, batch: Tree) -> tuple[State, Metrics]:
         check_owned(state)
@@ -148,6 +156,15 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
         return Stage("step", facts, [explain(grad), explain(optimizer)])
 
     return Step(init, update, stage, donate, grad, lambda other: step(other, optimizer, donate=donate))
+
+
+def _what(value: Any) -> str:
+    kind = value if isinstance(value, type) else type(value)
+    if issubclass(kind, torch.optim.Optimizer):
+        return f"torch's {kind.__name__}: write ft.optim.from_torch(torch.optim.{kind.__name__}, lr=…), or ft.optim's own"
+    if isinstance(value, tuple):
+        return "a tuple: give it names, in a NamedTuple or class with `init` and `update`"
+    return f"{explain(value).title}: for instance ft.optim.adamw(1e-3)"
 
 
 def _apart_from(params: Tree, carry: Tree) -> Tree:

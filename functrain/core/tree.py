@@ -75,6 +75,7 @@ def quoted(names: Iterable[str]) -> list[str]:
 
 
 def entry_name(entry: Any) -> str:
+    """How an entry of an optree accessor (a key, an index, a field) is called in a dotted name."""
     return str(getattr(entry, "field", entry.entry))
 
 

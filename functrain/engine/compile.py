@@ -7,13 +7,14 @@ import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from functrain.core import tree
 from functrain.core.deferred import Deferred
 from functrain.core.errors import ArgumentError, FunctrainError, TreeError
 from functrain.core.explain import Stage, explain
-from functrain.core.layout import Layout
+from functrain.core.layout import Layout, order
 from functrain.core.step import Metrics, Step, apart, check_owned, moved, taken_over
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
@@ -50,14 +51,23 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
         if inside_tracing() or inside_transform():
             # A compiler or transform around this one takes the step as it is.
             return step.update(state, batch)
-        if latest and (known := latest[-1].known(state, batch)) is not None:
-            return latest[-1](known)
+        # Held by a name of its own: another thread may put another graph in its place.
+        last = latest[-1] if latest else None
+        if last is not None and (known := last.known(state, batch)) is not None:
+            return last(known, again=True)
         check_owned(state)
         if eager:
             return _eager(step, state, batch, donate)
         given, given_spec = tree.flatten((state, batch))
         given = [leaf if isinstance(leaf, Tensor) and not _lazy(leaf) else _resolved(leaf) for leaf in given]
-        signature = (given_spec, *map(_kind, given))
+        if any(map(_tracked, given)):
+            raise ArgumentError(
+                "no derivative flows through a compiled step, and the state or batch it is given requires grad: differentiate "
+                "the step uncompiled (ft.unroll), or give it .detach()ed tensors"
+            )
+        size = tree.structure(state).num_leaves
+        given = _distinct(given, size, donate)
+        signature = (given_spec, order((state, batch)), _modes(), *map(_kind, given))
         graph = graphs.get(signature)
         if graph is None:
             try:
@@ -82,7 +92,10 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
         }
         return Stage("compiled", facts, [_in_graph(explain(step))])
 
-    return Step(step.init, update, stage, donate, step.grad, lambda grad: compiled(step.remade(grad), donate=donate))
+    def remake(grad: Any) -> Step:
+        return compiled(step.remade(grad), donate=donate)
+
+    return Step(step.init, update, stage, donate, step.grad, remake, step.takes)
 
 
 def _in_graph(stage: Stage) -> Stage:
@@ -100,8 +113,45 @@ def _kind(leaf: Tensor) -> tuple[Any, ...]:
     return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
 
 
+def _modes() -> tuple[Any, ...]:
+    # What a trace would keep for ever: it is the mode of the call, not of the step.
+    if not torch._C._is_any_autocast_enabled():
+        return (torch.get_default_dtype(),)
+    kinds = ("cpu", "cuda")
+    return (torch.get_default_dtype(), *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds))
+
+
+def _distinct(given: list[Tensor], size: int, donate: bool) -> list[Tensor]:
+    """The leaves as tensors of their own: a graph would take one that it is given twice for the same for ever.
+
+    What of the batch lies in the memory of a donated state is copied: the state is written to.
+    """
+    seen: set[int] = set()
+    donated = {_memory(leaf) for leaf in given[:size]} if donate else set()
+    rows = []
+    for place, leaf in enumerate(given):
+        one = leaf.detach() if id(leaf) in seen else leaf
+        if donate and (_memory(leaf) in donated if place >= size else _overlaps(leaf)):
+            one = leaf.clone(memory_format=torch.contiguous_format)
+        seen.add(id(leaf))
+        rows.append(one)
+    return rows
+
+
+def _memory(leaf: Tensor) -> int:
+    return leaf.untyped_storage()._cdata if leaf.layout == torch.strided else id(leaf)
+
+
+def _overlaps(leaf: Tensor) -> bool:
+    return leaf.layout == torch.strided and any(step == 0 and size > 1 for step, size in zip(leaf.stride(), leaf.shape))
+
+
 def _lazy(leaf: Tensor) -> bool:
     return leaf.is_conj() or leaf.is_neg()
+
+
+def _tracked(leaf: Tensor) -> bool:
+    return leaf.requires_grad and torch.is_grad_enabled()
 
 
 def _resolved(leaf: Any) -> Tensor:
@@ -157,10 +207,12 @@ class _Graph:
         self.size = size
         self.state, self.batch = Layout(state), Layout(batch)
         self.batch_kinds = [_kind(leaf) for leaf in flat_batch]
-        self.mine: list[weakref.ref[Tensor]] = []
+        self.mine: list[tuple[weakref.ref[Tensor], int, int]] = []
+        self.memories: set[int] = set()
+        self.modes = _modes()
         examples = [*flat_state, *flat_batch]
         graph = traced(flat, examples)
-        if donate and hands_on(graph):
+        if donate and hands_on(graph, size):
             # The old buffers are still emptied; the new ones are the graph's own.
             in_place = False
             graph = traced(flat, examples)
@@ -173,18 +225,25 @@ class _Graph:
 
         The kinds of all leaves need not be looked at then: that was 30 of the 294 µs of a small step.
         """
+        if not (self.state.written and self.batch.written):
+            return None
         leaves, rows = self.state.leaves(state), self.batch.leaves(batch)
         if not self.mine or leaves is None or rows is None:
             return None
-        for mine, leaf in zip(self.mine, leaves):
-            if mine() is not leaf:
+        if self.modes != _modes():
+            return None
+        for (mine, memory, version), leaf in zip(self.mine, leaves):
+            if mine() is not leaf or leaf.data_ptr() != memory or leaf._version != version:
                 return None
         for leaf, kind in zip(rows, self.batch_kinds):
-            if not isinstance(leaf, Tensor) or _kind(leaf) != kind or _lazy(leaf):
+            if not isinstance(leaf, Tensor) or _kind(leaf) != kind or _lazy(leaf) or _tracked(leaf):
                 return None
+        if self.donate and not self.memories.isdisjoint(map(_memory, rows)):
+            return None
         return leaves + rows
 
-    def __call__(self, given: list[Tensor]) -> tuple[Any, Metrics]:
+    def __call__(self, given: list[Tensor], again: bool = False) -> tuple[Any, Metrics]:
+        """One update; `again` when the state's leaves are known to be those that this graph gave back last."""
         leaves = given[: self.size]
         outputs = self.run(given)
         for place in self.written:
@@ -193,7 +252,9 @@ class _Graph:
             if self.donate:
                 moved(leaves[place])
             leaves[place] = leaf
-        self.mine = list(map(weakref.ref, leaves))
+        self.mine = [(weakref.ref(mine), mine.data_ptr(), mine._version) for mine in leaves]
+        if self.donate and (self.replaced or not again):
+            self.memories = set(map(_memory, leaves))
         return self.state.built(leaves), self.measured.built(list(outputs[len(self.replaced) :]))
 
 

@@ -60,7 +60,7 @@ class Experiment:
     @property
     def steps(self) -> int:
         """The number of steps in all."""
-        return self.epochs * len(self.train)
+        return self.epochs * len(self.train) * self.step.takes
 
     def explain(self) -> Stage:
         """The step and the source, and how long they run."""

@@ -11,7 +11,7 @@ from functrain.core import tree
 from functrain.core.deferred import drawn
 from functrain.core.errors import ArgumentError, PositionError
 from functrain.core.explain import Stage, explain
-from functrain.core.step import Metrics, Step
+from functrain.core.step import Metrics, Step, check_owned
 from functrain.core.tree import Tree
 from functrain.data.prefetch import Prefetch
 from functrain.data.source import Source
@@ -25,7 +25,10 @@ def fold(step: Step, state: Any, batches: Any, *, steps: int | None = None) -> I
     - `steps`: until the state's position is `steps` more than now; default: to the end of the epoch the state is in
       (of an iterable: to its end).
 
-    Raises `ArgumentError` for a source without end when `steps` is not given.
+    A step that takes n batches at once (`repeat`) is given stacks of them: that at position p uses stack p / n.
+
+    Raises `ArgumentError` for a source without end when `steps` is not given, and for `steps` that are no multiple of n;
+    `PositionError` for a state in the midst of a stack.
 
     >>> import functrain as ft
     >>> loss = lambda params, batch: (batch - params["mean"]) ** 2
@@ -36,17 +39,29 @@ def fold(step: Step, state: Any, batches: Any, *, steps: int | None = None) -> I
     """
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
         raise ArgumentError(f"steps must be an int of at least 0, got {steps!r}")
-    for batch in _batches(state, batches, steps):
+    check_owned(state)
+    for batch in _batches(state, batches, _stacks(step, steps), step.takes):
         state, metrics = step(state, batch)
         yield state, metrics
 
 
-def _batches(state: Any, batches: Any, steps: int | None) -> Iterator[Tree]:
+def _stacks(step: Step, steps: int | None) -> int | None:
+    if steps is not None and steps % step.takes:
+        raise ArgumentError(f"this step takes {step.takes} batches at once: steps must be a multiple of that, got {steps}")
+    return None if steps is None else steps // step.takes
+
+
+def _batches(state: Any, batches: Any, steps: int | None, height: int) -> Iterator[Tree]:
     source = batches.source if isinstance(batches, Prefetch) else batches
     if not isinstance(source, Source):
         yield from _first(batches, steps)
         return
-    start = position(state)
+    start, inside = divmod(position(state), height)
+    if inside:
+        raise PositionError(
+            f"the state is at position {position(state)}, inside a stack of {height} batches: go on to its end with a step "
+            "that takes one at a time"
+        )
     if steps is None:
         if source.length is None:
             raise ArgumentError("the source has no end: say how many steps, fold(step, state, source, steps=…)")
@@ -105,7 +120,10 @@ def repeat(step: Step, steps: int) -> Step:
     def stage() -> Stage:
         return Stage(f"repeat, {steps} steps in one", {}, [explain(step)])
 
-    return Step(step.init, update, stage, step.donates, step.grad, lambda grad: repeat(step.remade(grad), steps))
+    def remake(grad: Any) -> Step:
+        return repeat(step.remade(grad), steps)
+
+    return Step(step.init, update, stage, step.donates, step.grad, remake, steps * step.takes)
 
 
 def checked_stack(name: str, batches: Tree, steps: int) -> None:

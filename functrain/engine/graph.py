@@ -47,16 +47,29 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def hands_on(graph: GraphModule) -> bool:
-    """Whether a value that the graph gives out is nothing but (part of) one of its inputs, moved or copied.
+def hands_on(graph: GraphModule, written: int) -> bool:
+    """Whether a value that the graph gives out may be nothing but (part of) one of its first `written` inputs, moved or copied.
 
     Inductor (torch 2.13) takes copies out of a graph, and then reads such a value after the buffer that it came from
-    has been written to: a carry of the old params would be that of the new ones.
+    has been written to: a carry of the old params would be that of the new ones. What an operator that is not known to
+    compute makes of its inputs counts as moved.
     """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"][:written]
     (given,) = graph.graph.output_node().args
     assert isinstance(given, tuple | list)
-    values = [*given, *(node.args[1] for node in graph.graph.nodes if _writes_input(node))]
-    return any(_origin(value).op == "placeholder" for value in values if isinstance(value, Node))
+    left = [value for value in given if isinstance(value, Node)]
+    left += [source for node in graph.graph.nodes if _writes_input(node) and isinstance(source := node.args[1], Node)]
+    seen: set[Node] = set()
+    while left:
+        node = left.pop()
+        if node in inputs:
+            return True
+        writers = [user for user in node.users if _mutates(user)]
+        # A copy that is computed with in place afterwards (batch norm's buffers) is another value.
+        if node not in seen and not any(map(_computes, (node, *writers))):
+            left += [source for one in (node, *writers) for source in one.all_input_nodes]
+        seen.add(node)
+    return False
 
 
 def _writes_input(node: Node) -> bool:
@@ -64,25 +77,17 @@ def _writes_input(node: Node) -> bool:
     return isinstance(target, Node) and target.op == "placeholder"
 
 
-_COPIES = ("clone", "_to_copy", "lift_fresh_copy", "constant_pad_nd", "pow", "_unsafe_view")
+# Pointwise by their tags; and x¹ is x.
+_COPIES = ("clone", "copy", "copy_", "pow", "_to_copy")
+_COMPUTING = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_log_softmax", "_softmax")
 
 
-def _origin(node: Node) -> Node:
-    while isinstance(node.target, OpOverload):
-        name = node.target.overloadpacket.__name__
-        if name in ("copy", "copy_"):
-            source = node.args[1]
-        elif name == "cat":
-            (source,) = found if isinstance(found := node.args[0], list | tuple) and len(found) == 1 else (None,)
-        elif name in _COPIES or node.target.is_view:
-            source = node.args[0]
-        else:
-            break
-        # A copy that is written to afterwards (batch norm's buffers) is another value.
-        if not isinstance(source, Node) or any(_mutates(user) for user in node.users):
-            break
-        node = source
-    return node
+def _computes(node: Node) -> bool:
+    if not isinstance(node.target, OpOverload):
+        return False
+    name = node.target.overloadpacket.__name__
+    known = {torch.Tag.pointwise, torch.Tag.reduction} if hasattr(torch.Tag, "reduction") else {torch.Tag.pointwise}
+    return name not in _COPIES and (name in _COMPUTING or "batch_norm" in name or bool(known & set(node.target.tags)))
 
 
 def _mutates(node: Node) -> bool:

@@ -98,7 +98,7 @@ def lr_find(
     - `step`: any step of one loss: compiled, donating, guarded, repeated;
     - `source`: what `ft.fold` takes: a source (past its end the next epoch begins), `ft.prefetch(source)` or an iterable;
     - `name`: the hyperparameter, as `ft.hyper(state)` names it: `"generator.lr"` where optimizers are combined;
-      of a rate on a schedule the number that scales it, such as `"lr_peak"`;
+      a rate on a schedule cannot be tested;
     - `loss`: which of the step's metrics to watch: `"generator.loss"` where players are combined;
     - `smoothing`: β of the exponential average, in [0, 1): the noisier the loss, the larger, and the later it sees a minimum.
       0 for a loss without noise (whole data in each batch): params may come so close to its optimum that an average goes on
@@ -150,7 +150,8 @@ def _losses(step: Step, state: Any, source: Any, name: str, loss: str, rates: tu
         return step(with_hyper(state, **{name: next(coming)}), batch)
 
     try:
-        for _, metrics in fold(Step(step.init, update, step.stage), state, source, steps=len(rates)):
+        tested = Step(step.init, update, step.stage, takes=step.takes)
+        for _, metrics in fold(tested, state, source, steps=len(rates) * step.takes):
             if loss not in metrics:
                 raise ArgumentError(f"the step has no metric {loss!r}: loss= is one of {', '.join(tree.quoted(metrics))}")
             # A repeated step has a loss for each of its steps.
@@ -186,11 +187,11 @@ def _check(step: Step, state: Any, source: Any, low: float, high: float, steps: 
 
 
 def _check_name(state: Any, name: str) -> None:
-    placed = hyper(state)
-    if isinstance(placed.get(name), dict):
-        numbers = ", ".join(tree.quoted(f"{name}_{number}" for number in placed[name]))
+    schedules = {short: value for short, value in hyper(state).items() if isinstance(value, dict)}
+    numbers = {f"{short}_{number}" for short, value in schedules.items() for number in value}
+    if name in schedules or name in numbers or any(number.endswith(f".{name}") for number in numbers):
         raise ArgumentError(
-            f"{name!r} is on a schedule, which says the rate of each step: make the step with a plain number to find the rate "
-            f"for it, or say which of the schedule's numbers is to grow, name= one of {numbers}"
+            f"{name!r} is of a schedule, which says the rate of each step: find the rate for a step that is made with a plain "
+            "number, and give it to the schedule then"
         )
     with_hyper(state, **{name: 1.0})

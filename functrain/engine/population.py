@@ -75,4 +75,7 @@ def population(step: Step) -> Step:
         new: tuple[Any, Metrics] = tree.unflatten(result, outputs)
         return new
 
-    return Step(init, update, lambda: Stage("population", {"plan": "vmap over members, the batch shared"}, [explain(step)]))
+    def stage() -> Stage:
+        return Stage("population", {"plan": "vmap over members, the batch shared"}, [explain(step)])
+
+    return Step(init, update, stage, takes=step.takes)

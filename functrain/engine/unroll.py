@@ -87,7 +87,10 @@ def unroll(step: Step, steps: int, *, checkpoint: bool = True) -> Step:
         kept = f"the states before {segments} segments" if checkpoint else "all intermediate values"
         return Stage(f"unroll, {steps} steps as one function", {"kept for derivatives": kept}, [explain(step)])
 
-    return Step(init, update, stage, False, step.grad, lambda grad: unroll(step.remade(grad), steps, checkpoint=checkpoint))
+    def remake(grad: Any) -> Step:
+        return unroll(step.remade(grad), steps, checkpoint=checkpoint)
+
+    return Step(init, update, stage, False, step.grad, remake, steps * step.takes)
 
 
 def _differentiable(step: Step) -> Step:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from functrain.core import tree as trees
 from functrain.core.errors import ArgumentError, RunError, TreeError
+from functrain.core.step import check_owned
 from functrain.core.tree import Tree
 from functrain.data import atomic
 from functrain.search.leaves import STORABLE, dense, leaf_name, raw
@@ -145,8 +146,11 @@ def save_tree(path: str | os.PathLike[str], tree: Tree, metadata: Mapping[str, s
 
     Every dtype that the format knows is kept exactly, and so are 0-d and empty tensors; views are written as
     the values they show. How a leaf lies in memory (its strides) is kept beside, as kernels may add up in another
-    order for it. Raises `TreeError` for a leaf that cannot be stored, `RunError` when writing fails.
+    order for it. Raises `TreeError` for a leaf that cannot be stored, `DonatedError` for a state that was
+    given away, `RunError` when writing fails.
     """
+    if isinstance(getattr(tree, "position", None), Tensor):
+        check_owned(tree)
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     strides: dict[str, list[int]] = {}

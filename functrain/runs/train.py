@@ -73,7 +73,9 @@ class _Loop:
     ) -> None:
         self.experiment, self.directory, self.every = experiment, run, every
         self.observers, self.interrupted = observers, interrupted
-        self.length = len(experiment.train)
+        # In positions, as a state counts.
+        self.takes = experiment.step.takes
+        self.length = len(experiment.train) * self.takes
         self.sums = _EpochSums({})
         self.initial = ""
         self.never_finite: set[str] = set()
@@ -102,8 +104,8 @@ class _Loop:
         loaded = known.load(initial)
         if loaded.record.get("initial") != self.initial:
             raise RunError(
-                f"the run in {self.directory.path} began from other initial params than this experiment has: its program, "
-                "config or data have changed; train anew in another directory"
+                f"the run in {self.directory.path} began from another initial state than this experiment has (params, carry, "
+                "seed or the optimizer's numbers): its program, config or data have changed; train anew in another directory"
             )
         self.sums = _EpochSums(loaded.record["sums"])
         self.directory.truncate(loaded.position - self._unmeasured(loaded.position))
@@ -122,14 +124,16 @@ class _Loop:
         first = position(state)
         rest = self.length - first % self.length
         steps = fold(self.experiment.step, state, batches, steps=rest)
-        for done, (state, metrics) in enumerate(steps, first + 1):
-            self.sums.add(done, metrics)
+        for count, (state, metrics) in enumerate(steps, 1):
+            done = first + count * self.takes
+            for before, row in enumerate(_rows(metrics, self.takes), 1 - self.takes):
+                self.sums.add(done + before, row)
             self._tell(Stepped(done, metrics))
             inside = done < first + rest
             if inside and self.interrupted():
                 self._save(state, done, begun)
                 return state, True
-            if inside and self.every and done % self.every == 0:
+            if inside and self.every and done // self.every > (done - self.takes) // self.every:
                 self._save(state, done, begun)
         self._close(state, first + rest, begun)
         return state, first + rest < self.experiment.steps and self.interrupted()
@@ -199,6 +203,14 @@ def _finite(leaf: Tensor) -> bool:
         return True
     # Numbers of one byte have no arithmetic.
     return bool((leaf.float() if leaf.itemsize == 1 else leaf).isfinite().all())
+
+
+def _rows(metrics: Metrics, takes: int) -> list[Metrics]:
+    """The metrics of each of the steps that an update took; what a step around them all measured, it did for each."""
+    if takes == 1:
+        return [metrics]
+    each = {name: value.expand(takes) if value.ndim == 0 else value for name, value in metrics.items()}
+    return [{name: value[place] for name, value in each.items()} for place in range(takes)]
 
 
 class _EpochSums:

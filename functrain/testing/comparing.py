@@ -49,6 +49,7 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def compare(law: str, got: Tree, expected: Tree, agree: Callable[[Tensor, Tensor], bool]) -> None:
+    """Raise `LawError`, with the path of a counter-example, unless the trees are alike and all pairs of leaves `agree`."""
     if not tree.same_structure(got, expected):
         raise LawError(f"{law}: the results differ in structure, {tree.difference(expected, got)}")
     for path, a, b in zip(tree.paths(expected), tree.leaves(got), tree.leaves(expected)):
@@ -63,6 +64,7 @@ def _shown(leaf: Tensor) -> str:
 
 
 def copied(value: Tree) -> Tree:
+    """The tree with tensors of its own."""
     return tree.map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
 
 

@@ -199,7 +199,7 @@ def test_updates_that_make_no_sense_are_refused():
     with pytest.raises(ft.ArgumentError, match="Invalid learning rate"):
         optimizer.update(params, ft.with_hyper(state, lr=-0.1), params)
     with pytest.raises(ft.NonFiniteError, match="lr is nan"):
-        optimizer.update(params, ft.with_hyper(state, lr=float("nan")), params)
+        optimizer.update(params, ft.with_hyper(state, lr=torch.tensor(float("nan"))), params)
     with pytest.raises(ft.TreeError, match="expected the TorchState"):
         optimizer.update(params, ft.optim.sgd(0.1).init(params), params)
     assert optimizer.init({}).kept == {}
@@ -300,5 +300,4 @@ def test_a_pair_of_functions_runs_as_it_is(tmp_path):
     bad, metrics = ways["guarded"](step.init({"w": torch.tensor(1.0)}), batches[0] / 0)
     assert metrics["skipped"] == 1
     same_bits("a bad step leaves a pair's state", bad.opt, pair.init({"w": torch.tensor(1.0)}))
-    with pytest.raises(ft.ArgumentError, match="no hyperparameters"):
-        ft.hyper(pair.init(net_params(0)))
+    assert ft.hyper(pair.init(net_params(0))) == {}

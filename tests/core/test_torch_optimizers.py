@@ -88,7 +88,7 @@ def ours(name, **given):
     """Our optimizer for a row of the table, and its tree of shapes."""
     builder, _, options = TORCH[name]
     tuples = {"betas": ("b1", "b2"), "eps": ("eps1", "eps2")}
-    renamed = {"lr": 0.01}
+    renamed = {"lr": 0.01} | ({"ns_dtype": torch.bfloat16} if name.startswith("muon") else {})
     for option, value in options.items():
         several = isinstance(value, tuple) and option in tuples
         renamed |= dict(zip(tuples[option], value)) if several else {option: value}

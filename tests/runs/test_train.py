@@ -119,7 +119,7 @@ def test_another_experiment_cannot_go_on_in_the_run(tmp_path: Path) -> None:
     ft.train(linear(), run)
     other = linear()
     changed = ft.Experiment(other.step, {"w": torch.ones(3)}, other.train, 4)
-    with pytest.raises(ft.RunError, match="other initial params"):
+    with pytest.raises(ft.RunError, match="another initial state"):
         ft.train(changed, run)
 
 

@@ -53,7 +53,8 @@ class Optimizer:
       place* in `params` and `state`. Steps use it on buffers that are theirs alone, outside of transforms and compilation.
 
     `settings` are its hyperparameters as they were given; `inner` are the optimizers that it is made of, by label. The
-    state then holds theirs in a field `inner`, a dict by the same labels. `shown` names fields of the state, 0-d each, that
+    state then holds theirs in a field `inner`, a dict by the same labels. A `part` changes what passes through it, and
+    leads nowhere by itself. `shown` names fields of the state, 0-d each, that
     a step's metrics show as they are after the update.
     """
 
@@ -65,6 +66,7 @@ class Optimizer:
     uses: frozenset[str] = frozenset()
     inner: Mapping[str, Any] = field(default_factory=dict)
     shown: tuple[str, ...] = ()
+    part: bool = False
 
     def explain(self) -> Stage:
         """The optimizer's name and hyperparameters."""
@@ -85,6 +87,12 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     return tree.map(torch.add, params, updates)
 
 
+def is_part(optimizer: Any) -> bool:
+    """Whether nothing in an optimizer goes down a slope: clipping and the like, alone or several of them."""
+    inner = getattr(optimizer, "inner", {})
+    return all(map(is_part, inner.values())) if inner else bool(getattr(optimizer, "part", False))
+
+
 def uses(optimizer: Any) -> frozenset[str]:
     """The extra arguments that an optimizer's update is given; none for a pair of functions from elsewhere."""
     return frozenset(getattr(optimizer, "uses", ()))
@@ -95,7 +103,10 @@ def updated(
 ) -> tuple[Tree, Any]:
     """One way of an optimizer (its `update`, its `fused`), called with those of `extra` that it uses."""
     wanted = uses(optimizer)
-    return way(grads, state, params, **{name: value for name, value in extra.items() if name in wanted})
+    done = way(grads, state, params, **{name: value for name, value in extra.items() if name in wanted})
+    if not isinstance(optimizer, Optimizer):
+        _check_foreign(optimizer, done, params)
+    return done
 
 
 def fused_or_updated(
@@ -123,7 +134,8 @@ def checked(name: str, value: Hyper, low: float = 0.0, high: float = math.inf) -
     if isinstance(value, Schedule):
         return _checked_schedule(name, value, low, high)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-        raise ArgumentError(f"{name} must be a number {_within(low, high)} or a schedule, got {value!r}")
+        made = "; a function of the count is ft.optim.Schedule(name, rule, values)" if callable(value) else ""
+        raise ArgumentError(f"{name} must be a number {_within(low, high)} or a schedule, got {value!r}{made}")
     return float(value)
 
 
@@ -169,6 +181,27 @@ def check_optimizers(owner: str, optimizers: Mapping[str, Any]) -> None:
         if not callable(getattr(one, "init", None)) or not callable(getattr(one, "update", None)):
             got = explain(one).title
             raise ArgumentError(f"{owner}: {name} is no optimizer, got {got}: expected for instance ft.optim.adamw(1e-3)")
+
+
+def _check_foreign(optimizer: Any, done: Any, params: Tree) -> None:
+    """Raise where what a pair of functions from elsewhere gives back is not `(updates, state)`, with updates like params."""
+    name = type(optimizer).__name__
+    if not isinstance(done, tuple) or len(done) != 2:
+        raise ArgumentError(f"the update of {name} returned {type(done).__name__}: expected (updates, state)")
+    if not tree.same_structure(params, done[0]):
+        raise TreeError(f"the updates of {name} do not have the structure of params: {tree.difference(params, done[0])}")
+    for path, update, param in zip(tree.paths(params), tree.leaves(done[0]), tree.leaves(params)):
+        if not isinstance(update, Tensor) or update.shape != param.shape or update.dtype != param.dtype:
+            kind = f"{tuple(update.shape)} of {update.dtype}" if isinstance(update, Tensor) else type(update).__name__
+            raise TreeError(f"the update of {path!r} by {name} is {kind}, the parameter {tuple(param.shape)} of {param.dtype}")
+    check_tensors(f"the state that the update of {name} returned", done[1])
+
+
+def check_tensors(what: str, state: Tree) -> None:
+    """Raise `TreeError` for a state with leaves that are not tensors."""
+    for path, leaf in tree.named(state).items():
+        if not isinstance(leaf, Tensor):
+            raise TreeError(f"{what} has a leaf {path!r} of type {type(leaf).__name__}: states are trees of tensors")
 
 
 def check_params(params: Tree) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,9 +77,9 @@ def hyper(state: Any) -> dict[str, Any]:
     """The hyperparameters inside a state (an optimizer's or a step's), by name.
 
     Of an optimizer made of others, a name that two of them have is qualified by as many of their labels as tell them apart:
-    `"generator.lr"`.
+    `"generator.lr"`. What is on a schedule is the dict of its numbers; `with_hyper` calls them `lr_peak` and so on.
     """
-    placed = dict(_checked_places(state))
+    placed = dict(_places(state))
     return _shortened(placed, list(placed.items()))
 
 
@@ -85,7 +87,7 @@ def with_hyper(state: State, **values: float | Tensor) -> State:
     """The same state with other hyperparameters: `with_hyper(state, lr=0.1)`; a schedule's number is `lr_peak`.
 
     Names are those of `hyper(state)`, or fully qualified: `with_hyper(state, **{"generator.lr": 0.1})`.
-    Raises `ArgumentError` for a name that the state does not have.
+    Raises `ArgumentError` for a name that the state does not have, and for what is no finite number.
 
     >>> from functrain.core.optim import sgd
     >>> state = sgd(0.5).init({"w": torch.ones(2)})
@@ -100,8 +102,15 @@ def with_hyper(state: State, **values: float | Tensor) -> State:
             known |= {f"{name}_{key}": (*path, key) for key in value} if isinstance(value, dict) else {name: path}
     for name in values:
         if name not in known:
-            raise ArgumentError(f"no hyperparameter {name!r}: expected one of {', '.join(tree.quoted(known))}")
+            names = ", ".join(tree.quoted(known))
+            raise ArgumentError(f"no hyperparameter {name!r}: expected one of {names}{_why(name, placed)}")
     return _replaced(state, (), {known[name]: value for name, value in values.items()})
+
+
+def _why(name: str, placed: Mapping[tuple[str, ...], Any]) -> str:
+    if any(path[-1] == name.split(".")[-1] and isinstance(value, dict) for path, value in placed.items()):
+        return f" ({name} is on a schedule: replace its numbers)"
+    return " (what was 0 when the optimizer was made may cost nothing, and be none)"
 
 
 def _replaced(state: Any, labels: tuple[str, ...], new: Mapping[tuple[str, ...], float | Tensor]) -> Any:
@@ -119,14 +128,19 @@ def _replaced(state: Any, labels: tuple[str, ...], new: Mapping[tuple[str, ...],
     if isinstance(inner, dict):
         changes["inner"] = {label: _replaced(one, (*labels, label), new) for label, one in inner.items()}
     elif inner is not None:
-        changes["inner"] = _replaced(inner, labels, new)
+        changes["inner"] = _replaced(inner, (*labels, "inner"), new)
     return state._replace(**changes) if changes else state
 
 
 def _number(old: Tensor, new: Mapping[tuple[str, ...], float | Tensor], path: tuple[str, ...]) -> Tensor:
     if path not in new:
         return old
-    value = torch.as_tensor(new[path], dtype=old.dtype, device=old.device)
+    given = new[path]
+    if isinstance(given, bool) or not isinstance(given, Tensor | int | float | Sequence | np.ndarray | np.generic):
+        raise ArgumentError(f"{'.'.join(path)} is a number or a tensor in the state, got {given!r}")
+    if isinstance(given, int | float) and not math.isfinite(given):
+        raise ArgumentError(f"{'.'.join(path)} must be finite, got {given!r}")
+    value = torch.as_tensor(given, dtype=old.dtype, device=old.device)
     if value.ndim and value.shape != old.shape:
         raise ArgumentError(f"{'.'.join(path)} has shape {tuple(old.shape)} in the state, got {tuple(value.shape)}")
     # Of a population, one number is meant for every member.
@@ -147,7 +161,7 @@ def _places(state: Any, labels: tuple[str, ...] = ()) -> Iterator[Place]:
         for label, one in inner.items():
             yield from _places(one, (*labels, label))
     elif inner is not None:
-        yield from _places(inner, labels)
+        yield from _places(inner, (*labels, "inner"))
 
 
 def _checked_places(state: Any) -> list[Place]:

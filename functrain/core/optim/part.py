@@ -48,7 +48,7 @@ def part(
         passed = rule(leaves_of(grads, params, spec, flat), flat, now, **extra)
         return tree.unflatten(spec, passed), PartState(state.steps + 1, state.hyper)
 
-    return Optimizer(init, update, None, name, {**settings, **(options or {})}, uses)
+    return Optimizer(init, update, None, name, {**settings, **(options or {})}, uses, part=True)
 
 
 def wide(leaf: Tensor) -> Tensor:

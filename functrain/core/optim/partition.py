@@ -61,9 +61,9 @@ def partition(optimizers: Mapping[str, Any], labels: Labels) -> Optimizer:
     """
     if not isinstance(optimizers, Mapping) or not optimizers:
         raise ArgumentError(f"partition takes {{label: optimizer}}, got {optimizers!r}")
-    wrong = [label for label in optimizers if not isinstance(label, str) or not label]
+    wrong = [label for label in optimizers if not isinstance(label, str) or not label or "." in label]
     if wrong:
-        raise ArgumentError(f"partition: labels are strings that are not empty, got {wrong[0]!r}")
+        raise ArgumentError(f"partition: labels are strings without dots, not empty, got {wrong[0]!r}")
     check_optimizers("partition", {f"optimizer {label!r}": one for label, one in optimizers.items()})
     labelling = labelling_of("partition", labels, list(optimizers))
     return _partition("partition", dict(optimizers), labelling, {"labels": told(labels)})
@@ -113,7 +113,7 @@ _STILL = Optimizer(
     fused=lambda grads, state, params: (params, state),
     name="no update",
 )
-_AS_IT_IS = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state), name="passed on")
+_AS_IT_IS = Optimizer(init=lambda params: (), update=lambda grads, state, params: (grads, state), name="passed on", part=True)
 
 
 def _partition(name: str, optimizers: dict[str, Any], labelling: Labelling, options: dict[str, Any]) -> Optimizer:

@@ -108,24 +108,38 @@ def _rule(do: Arithmetic, y: Leaf, g: Leaf, v: Leaf, z: Leaf, n: Numbers) -> tup
 def schedule_free_params(state: Any, params: Tree) -> Tree:
     """The average x of schedule-free training, at which a model is evaluated: x = z + (y − z) / β₁.
 
-    `state` is a step's or an optimizer's, in which `schedule_free` may be one of several; `params` are y, those
-    that the step trains. Works on the state of a population as well. Raises `ArgumentError` for a state in which there is
-    not exactly one `schedule_free`, and `TreeError` for params that are not like its own.
+    `state` is a step's or an optimizer's, in which `schedule_free` may be one of several: leaves that none has (see
+    `partition`) stay as they are. `params` are y, those that the step trains. Works on the state of a population as well.
+    Raises `ArgumentError` for a state in which there is no `schedule_free`, and `TreeError` for params that are not like
+    its own.
 
     >>> params = {"w": torch.ones(2)}
     >>> schedule_free_params(schedule_free(0.1).init(params), params)
     {'w': tensor([1., 1.])}
     """
     found = list(_states(state))
-    if len(found) != 1:
-        raise ArgumentError(f"expected the state of one ft.optim.schedule_free, found {len(found)} in {type(state).__name__}")
-    b1 = found[0].hyper["b1"]
+    if not found:
+        raise ArgumentError(f"expected the state of an ft.optim.schedule_free, found none in {type(state).__name__}")
+    for one in found:
+        params = _averaged(one, params)
+    return params
+
+
+def _averaged(state: ScheduleFreeState, params: Tree) -> Tree:
+    b1 = state.hyper["b1"]
 
     def average(y: Tensor, z: Tensor) -> Tensor:
-        own = b1.reshape(b1.shape + (1,) * (y.ndim - b1.ndim)).to(y.dtype)
-        return z + (y - z) / own
+        own = b1.reshape(b1.shape + (1,) * (z.ndim - b1.ndim)).to(z.dtype)
+        return (z + (y - z) / own).to(y.dtype)
 
-    return tree.map(average, params, found[0].z)
+    places = {path: place for place, path in enumerate(tree.paths(params))}
+    if tree.same_structure(params, state.z) or not isinstance(state.z, dict) or not places.keys() >= state.z.keys():
+        return tree.map(average, params, state.z)
+    # A share of the leaves, by path.
+    flat, spec = tree.flatten(params)
+    for path, z in state.z.items():
+        flat[places[path]] = average(flat[places[path]], z)
+    return tree.unflatten(spec, flat)
 
 
 def _states(state: Any) -> Iterator[ScheduleFreeState]:
