@@ -41,7 +41,7 @@ CASES = (
     Case("adadelta", "Adadelta", {}, {}),
     Case("adafactor", "Adafactor", {}, {}),
     Case("adamax", "Adamax", {}, {}),
-    Case("muon", "Muon", {}, {}),
+    Case("muon", "Muon", {"ns_dtype": torch.bfloat16}, {}),
 )
 
 # Inductor (torch 2.13) takes about half a second a leaf: compiled are those that have a fused kernel to beat, and of the

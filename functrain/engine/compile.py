@@ -233,7 +233,8 @@ class _Graph:
         if self.modes != _modes():
             return None
         for (mine, memory, version), leaf in zip(self.mine, leaves):
-            if mine() is not leaf or leaf.data_ptr() != memory or leaf._version != version:
+            same = mine()
+            if same is None or same is not leaf or same.data_ptr() != memory or same._version != version:
                 return None
         for leaf, kind in zip(rows, self.batch_kinds):
             if not isinstance(leaf, Tensor) or _kind(leaf) != kind or _lazy(leaf) or _tracked(leaf):
@@ -252,7 +253,7 @@ class _Graph:
             if self.donate:
                 moved(leaves[place])
             leaves[place] = leaf
-        self.mine = [(weakref.ref(mine), mine.data_ptr(), mine._version) for mine in leaves]
+        self.mine = [(weakref.ref(now), now.data_ptr(), now._version) for now in leaves]
         if self.donate and (self.replaced or not again):
             self.memories = set(map(_memory, leaves))
         return self.state.built(leaves), self.measured.built(list(outputs[len(self.replaced) :]))
