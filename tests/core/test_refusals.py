@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -177,3 +179,92 @@ def test_an_experiment_without_batches_is_refused():
     assert list(ft.fold(step, step.init(W), empty)) == []
     with pytest.raises(ft.ArgumentError, match="no batches"):
         ft.Experiment(step, W, empty, 1)
+
+
+# --- optimizers that are none, and states that were given away ----------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    init: Any
+    update: Any
+
+
+def squared(params, batch):
+    return (params["w"] - batch).square().sum(1)
+
+
+ONE = {"w": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        (ft.optim.clip_by_norm(1.0), "clip_by_norm changes gradients, and goes nowhere by itself"),
+        (ft.optim.chain(ft.optim.clip(1.0), ft.optim.noise(0.1)), "chain changes gradients"),
+        (ft.optim.masked(ft.optim.clip(1.0), "*"), "masked changes gradients"),
+        (torch.optim.SGD, r"torch's SGD: write ft.optim.from_torch\(torch.optim.SGD"),
+        (torch.optim.Adam([torch.ones(1)]), "torch's Adam"),
+        ((lambda params: (), lambda grads, state, params: (grads, state)), "a tuple: give it names"),
+    ],
+)
+def test_what_is_no_optimizer_is_told_apart(optimizer, told):
+    with pytest.raises(ft.ArgumentError, match=told):
+        ft.step(ft.grad(squared), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("init", "update", "told"),
+    [
+        (lambda p: 0, lambda g, s, p: (g, s), "init returned has a leaf '' of type int"),
+        (lambda p: (), lambda g, s, p: g, r"returned dict: expected \(updates, state\)"),
+        (lambda p: (), lambda g, s, p: ({"v": g["w"]}, s), "structure of params: missing 'w'"),
+        (lambda p: (), lambda g, s, p: ({"w": g["w"].sum()}, s), r"update of 'w' by Pair is \(\) of torch.float32"),
+        (lambda p: (), lambda g, s, p: ({"w": g["w"].double()}, s), "is .* of torch.float64, the parameter"),
+        (lambda p: (), lambda g, s, p: (g, 1.0), "that the update of Pair returned has a leaf"),
+    ],
+)
+def test_a_pair_from_elsewhere_is_held_to_its_contract(init, update, told):
+    step = ft.step(ft.grad(squared), Pair(init, update))
+    with pytest.raises(ft.FunctrainError, match=told):
+        step(step.init(ONE), torch.zeros(3, 2))
+
+
+def test_a_state_that_was_given_away_is_not_saved(tmp_path):
+    step = ft.step(ft.grad(squared), ft.optim.sgd(0.1), donate=True)
+    state = step.init(ONE)
+    step(state, torch.zeros(3, 2))
+    with pytest.raises(ft.DonatedError):
+        ft.save_tree(tmp_path / "state.safetensors", state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_averages_of_averages_have_hyperparameters_of_their_own():
+    step = ft.averaged(ft.averaged(ft.step(ft.grad(squared), ft.optim.sgd(0.1)), 0.9), 0.5)
+    state = ft.with_hyper(step.init(ONE), **{"inner.decay": 0.25})
+    found = {name: value.item() for name, value in ft.hyper(state).items()}
+    assert found == {"decay": 0.5, "inner.decay": 0.25, "lr": 0.1}
+
+
+def test_the_loss_of_a_step_is_scaled_once():
+    with pytest.raises(ft.ArgumentError, match="scaled already"):
+        ft.loss_scaled(ft.loss_scaled(ft.step(ft.grad(squared), ft.optim.sgd(0.1))))
+
+
+@pytest.mark.parametrize("value", [True, None, "0.1", float("nan"), float("inf"), ft.optim.cosine(0.1, 10)])
+def test_a_hyperparameter_is_replaced_by_numbers_alone(value):
+    with pytest.raises(ft.ArgumentError, match="lr"):
+        ft.with_hyper(ft.optim.sgd(0.1).init(ONE), lr=value)
+
+
+def test_schedule_free_among_others_gives_the_average_of_its_share():
+    groups = {"free": ft.optim.schedule_free(0.1), "plain": ft.optim.sgd(0.1)}
+    both = ft.optim.partition(groups, {"w": "free", "b": "plain"})
+    step = ft.step(ft.grad(lambda p, b: (p["w"] * p["b"] - b).square().sum(1)), both)
+    state = step.init({"w": torch.ones(2), "b": torch.ones(2)})
+    for _ in range(3):
+        state, _ = step(state, torch.zeros(3, 2))
+    free = state.opt.inner["free"]
+    expected = ft.optim.schedule_free_params(free, {"w": state.params["w"]})["w"]
+    assert not torch.equal(expected, state.params["w"])
+    got = ft.optim.schedule_free_params(state, state.params)
+    ft.testing.same_bits("its share, the others as they are", got, {"w": expected, "b": state.params["b"]})

@@ -110,3 +110,62 @@ def test_an_experiment_checks_itself():
     ):
         with pytest.raises(ft.ArgumentError, match=message):
             ft.Experiment(**{"step": STEP, "params": net_params(), "train": source(), "epochs": 1} | wrong)
+
+
+# --- steps that take several batches at once --------------------------------------------------------------------------
+
+
+def pulled(params, batch):
+    return (batch - params) ** 2
+
+
+def taking(count):
+    step = ft.step(ft.grad(pulled), ft.optim.sgd(0.1))
+    source = ft.arrays(torch.arange(24.0)).batch(2)
+    return step, source, ft.repeat(step, count), source.batch(count)
+
+
+@pytest.mark.parametrize("around", [lambda step: step, ft.guard, ft.averaged, lambda step: ft.guard(ft.averaged(step))])
+def test_a_fold_of_repeated_steps_counts_positions_and_goes_on_where_it_was(around):
+    step, source, repeated, stacks = taking(4)
+    repeated = around(repeated)
+    assert repeated.takes == 4
+    state, expected = repeated.init(torch.tensor(0.0)), step.init(torch.tensor(0.0))
+    for steps in (4, 8):
+        for state, _ in ft.fold(repeated, state, stacks, steps=steps):
+            pass
+        for expected, _ in ft.fold(step, expected, source, steps=steps):
+            pass
+        assert int(state.position) == int(expected.position)
+        ft.testing.same_bits(f"after {steps}", state.params, expected.params)
+
+
+def test_positions_that_stacks_do_not_meet_are_refused():
+    step, source, repeated, stacks = taking(4)
+    state = step.init(torch.tensor(0.0))
+    with pytest.raises(ft.ArgumentError, match="takes 4 batches at once: steps must be a multiple"):
+        next(ft.fold(repeated, state, stacks, steps=6))
+    state, _ = step(state, source(0))
+    with pytest.raises(ft.PositionError, match="position 1, inside a stack of 4"):
+        next(ft.fold(repeated, state, stacks, steps=4))
+
+
+def test_a_fold_from_a_state_that_was_given_away_says_so():
+    step, source, *_ = taking(2)
+    state = step.init(torch.tensor(0.0))
+    ft.step(ft.grad(pulled), ft.optim.sgd(0.1), donate=True)(state, source(0))
+    with pytest.raises(ft.DonatedError):
+        next(ft.fold(step, state, source, steps=1))
+
+
+def test_training_with_repeated_steps_logs_the_rows_of_single_ones(tmp_path):
+    step, source, repeated, stacks = taking(3)
+    rows, finals = [], []
+    for name, (train, batches) in {"single": (step, source), "repeated": (repeated, stacks)}.items():
+        experiment = ft.Experiment(train, torch.tensor(0.0), batches, 2)
+        done = ft.train(experiment, ft.Run.create(tmp_path / name, config={}, facts={}))
+        finals.append(done.state.params)
+        rows.append([(row["epoch"], row["position"], row["train/loss"]) for row in done.rows])
+    ft.testing.same_bits("the same run", *finals)
+    assert [row[:2] for row in rows[0]] == [row[:2] for row in rows[1]] == [(1, 12), (2, 24)]
+    ft.testing.equal("losses", *(torch.tensor([row[2] for row in each]) for each in rows))

@@ -136,7 +136,7 @@ def _number(old: Tensor, new: Mapping[tuple[str, ...], float | Tensor], path: tu
     if path not in new:
         return old
     given = new[path]
-    if isinstance(given, bool) or not isinstance(given, Tensor | int | float | Sequence | np.ndarray | np.generic):
+    if isinstance(given, bool | str) or not isinstance(given, Tensor | int | float | Sequence | np.ndarray | np.generic):
         raise ArgumentError(f"{'.'.join(path)} is a number or a tensor in the state, got {given!r}")
     if isinstance(given, int | float) and not math.isfinite(given):
         raise ArgumentError(f"{'.'.join(path)} must be finite, got {given!r}")
