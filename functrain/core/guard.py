@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
+from functrain.core.around import check_inner, check_single
 from functrain.core.errors import ArgumentError, NonFiniteError, TreeError
 from functrain.core.explain import Stage, explain
 from functrain.core.health import all_finite, counted
 from functrain.core.reduce.base import visible
-from functrain.core.step import Metrics, Step, check_owned
+from functrain.core.step import Metrics, Step
 from functrain.core.transforms import inside_tracing, inside_transform
 from functrain.core.tree import Tree
 
@@ -44,25 +45,17 @@ def guard(step: Step, policy: Policy = "skip") -> Step:
     >>> state.params, state.position, metrics["loss"], metrics["skipped"]
     (tensor(1.), tensor(2), tensor(nan), tensor(1.))
     """
-    if not isinstance(step, Step):
-        raise ArgumentError(f"guard takes a step, got {explain(step).title}: write ft.guard(ft.step(grad, optimizer))")
+    check_inner(step, "guard")
     if policy not in get_args(Policy):
         raise ArgumentError(f"policy must be 'skip' or 'raise', got {policy!r}")
-    if step.donates:
-        raise ArgumentError(
-            "a guard goes back to the state before a step, and this step donates its own: donate outside, "
-            "ft.compiled(ft.guard(step))"
-        )
 
     def update(state: Any, batch: Tree) -> tuple[Any, Metrics]:
-        check_owned(state)
+        check_single(state, "guard")
         if policy == "raise" and (inside_transform() or inside_tracing()):
             raise ArgumentError(
                 "guard(step, 'raise') looks at values, and inside a compiled step, a population or any other transform there "
                 "are none to look at: take ft.guard(step, 'skip') there, or ft.guard(ft.compiled(step, donate=False), 'raise')"
             )
-        if state.position.ndim:
-            raise TreeError("this is the state of a population: guard each member, ft.population(ft.guard(step))")
         new, metrics = step.update(state, batch)
         good = _good(state, new, metrics)
         if policy == "raise":

@@ -14,9 +14,10 @@ from functrain.core.tree import Tree
 class Layout:
     """The structure of a tree: `leaves(other)` of another such tree, and `built(leaves)`, as `tree.flatten` and back.
 
-    A walk through a step's state took 15 µs by a general function and takes 2 by one that knows the keys, which matters to
-    steps of 200 µs. `leaves` gives None for a tree of another structure, or order of keys. Trees with containers other than
-    lists, tuples, named tuples and dicts of text, or nested too deeply, go the general way (`written` is False).
+    One that knows the keys walks through a step's state six times faster than a general function (of 20 leaves, 6 µs for
+    37), which matters to steps of 300 µs. `leaves` gives None for a tree of another structure, or order of keys. Trees with
+    containers other than lists, tuples, named tuples and dicts of text, or nested too deeply, go the general way (`written`
+    is False).
 
     >>> layout = Layout({"b": [1, 2], "a": None})
     >>> layout.leaves({"b": [3, 4], "a": None}), layout.leaves({"b": [3]}), layout.built([5, 6])

@@ -91,8 +91,8 @@ def step(grad: Any, optimizer: Optimizer, *, donate: bool = False) -> Step:
 
     - gives the gradient the randomness `fold_in(state.key, state.position)` when the loss declares `key`;
     - returns metrics as 0-d tensors: `loss` (the mean, of the params *before* the update), `weight`
-      (what it is the mean over), every hyperparameter on a schedule, and the loss's `aux` measures by name
-      (`aux.loss`, `aux.lr` where the plain name is taken, `aux` for a bare tensor).
+      (what it is the mean over), every hyperparameter on a schedule, what an optimizer shows (`plateau`'s `scale`),
+      and the loss's `aux` measures by name (`aux.loss`, `aux.lr` where the plain name is taken, `aux` for a bare tensor).
 
     With `donate` the state's buffers are updated in place, without memory of their own: the same values, and the
     state given is empty afterwards (`DonatedError` when it is used in a step again).

@@ -13,7 +13,7 @@ def channels_last(graph: GraphModule) -> None:
     """Tell the kernels of such convolutions that their channels come last, which one channel does in any case.
 
     Inductor sees to it for convolutions of several channels. Images of one have strides that read both ways, are taken for
-    channels first, and their convolutions run two to three times slower, forward and backward (oneDNN, torch 2.13).
+    channels first, and their convolutions run two to four times slower, forward and backward (oneDNN, torch 2.13).
     """
     found = False
     for node in list(graph.graph.nodes):

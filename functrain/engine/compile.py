@@ -32,8 +32,11 @@ def compiled(step: Step, *, donate: bool = True) -> Step:
     With `donate` the state's buffers are updated in place, and the state given is empty afterwards: using it again
     in a step is a `DonatedError`. With `donate=False` states are values, as without compiling.
 
+    Compiled code is kept on disk by inductor: another process compiles the same step in about half the time. Autocast and
+    the default dtype are those of each call.
+
     Without a C++ compiler the step runs as it is, after one warning. Raises `FunctrainError` for a step that is not
-    one graph (its control flow depends on the values of tensors).
+    one graph (its control flow depends on the values of tensors), `ArgumentError` for a state or batch that requires grad.
 
     >>> import functrain as ft
     >>> train = ft.compiled(ft.step(ft.grad(lambda p, b: (b - p["mean"]) ** 2), ft.optim.sgd(0.25)))

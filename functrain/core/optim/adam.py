@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrain.core.optim.arithmetic import Arithmetic, Leaf, Number, root
+from functrain.core.optim.arithmetic import Arithmetic, Leaf, Number
 from functrain.core.optim.base import Hyper, Optimizer, checked
 from functrain.core.optim.leafwise import Kernel, Numbers, leafwise
+from functrain.core.optim.moments import moment_numbers, moment_settings, moments
+from functrain.core.optim.weight_decay import decayed
 from functrain.core.tree import Tree
 
 
@@ -60,21 +62,11 @@ def adamw(lr: Hyper = 1e-3, *, b1: Hyper = 0.9, b2: Hyper = 0.999, eps: Hyper = 
 
 
 def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hyper, weight_decay: Hyper) -> Optimizer:
-    settings = {
-        "lr": checked("lr", lr),
-        "b1": checked("b1", b1, 0.0, 1.0),
-        "b2": checked("b2", b2, 0.0, 1.0),
-        "eps": checked("eps", eps),
-        "weight_decay": checked("weight_decay", weight_decay),
-    }
+    settings = {**moment_settings(lr, b1, b2, eps), "weight_decay": checked("weight_decay", weight_decay)}
 
     def rule(do: Arithmetic, p: Leaf, g: Leaf, m: Leaf, v: Leaf, n: Numbers) -> tuple[Leaf, Leaf]:
-        if decoupled:
-            do.decay(n["decay"])
-        else:
-            g = do.add(g, p, n["weight_decay"])
-        m = do.lerp_(m, g, n["fresh1"])
-        v = do.addcmul_(do.mul_(v, n["b2"]), g, g, n["fresh2"])
+        g = decayed(do, p, g, n, decoupled=decoupled)
+        m, v = moments(do, g, m, v, n)
         do.descend_ratio(m, do.shift_(do.div_(do.sqrt(v), n["root"]), n["eps"]), n["size"])
         return m, v
 
@@ -83,9 +75,8 @@ def _adam(name: str, decoupled: bool, lr: Hyper, b1: Hyper, b2: Hyper, eps: Hype
 
 
 def _numbers(now: Numbers, count: Number, _: Numbers) -> tuple[Numbers, Numbers]:
-    lr, b1, b2 = now["lr"], now["b1"], now["b2"]
-    sizes = {"size": lr / (1 - b1**count), "root": root(1 - b2**count), "decay": lr * now["weight_decay"]}
-    return {**now, **sizes, "fresh1": 1 - b1, "fresh2": 1 - b2}, {}
+    known = moment_numbers(now, count)
+    return {**known, "size": now["lr"] / known["bias1"]}, {}
 
 
 def adam_kernel(decoupled: bool, amsgrad: bool = False) -> Kernel:
