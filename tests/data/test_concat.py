@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from functrain.core.errors import ArgumentError, DataError
 from functrain.data import h5concat, h5write, hdf5, readmmap
-from functrain.data.slabs import slabs
+from functrain.data.h5.slabs import slabs
 
 
 def part(path, n, lengths=(3, 4), **options):

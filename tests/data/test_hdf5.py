@@ -335,7 +335,7 @@ def test_a_source_that_is_forgotten_lets_go_of_the_file(tmp_path):
     h5write(path, {"x": np.arange(100)}, chunks=10)
     source = hdf5(path)
     source(0)
-    handle = next(iter(source._file._handles.values()))
+    handle = next(iter(source._shared.handle._handles.values()))
     del source
     gc.collect()
     assert not handle

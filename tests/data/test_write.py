@@ -125,7 +125,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from functrain.data.output import replacing
+from functrain.data.h5.output import replacing
 with replacing(sys.argv[1], overwrite=True) as output:
     output.file["x"] = np.ones(100_000)
     output.file.flush()

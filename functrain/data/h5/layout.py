@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from functrain.core.errors import DataError, FunctrainError
-from functrain.data.rows import readable
+from functrain.core.errors import DataError
+from functrain.data.h5.files import intact
 
 if TYPE_CHECKING:
     import h5py
-
-
-# On a damaged file, h5py raises nearly anything: of 1050 that were cut or had bytes changed, 69 gave other errors
-# than OSError.
-FAILURES = (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError, AttributeError)
-
-
-@contextmanager
-def intact(what: str) -> Iterator[None]:
-    """What h5py raises in the block becomes a `DataError` that names `what`; errors of functrain pass."""
-    try:
-        yield
-    except FunctrainError:
-        raise
-    except FAILURES as error:
-        raise DataError(f"{what} cannot be read, and may be damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -62,91 +44,8 @@ class Layout:
         return f"{self.shape} {self.dtype}, {self.way}: {self.reason}"
 
 
-@contextmanager
-def opened(path: str) -> Iterator[h5py.File]:
-    """The file at `path`, open for reading; `DataError` that says what is wrong where it cannot be opened."""
-    file = open_file(path)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
-def open_file(path: str) -> h5py.File:
-    """Like `opened`, for the caller to close."""
-    import h5py
-
-    if not os.path.exists(path):
-        raise DataError(f"no file {path!r} (in {os.path.abspath(os.path.dirname(path) or '.')!r})")
-    if os.path.isdir(path):
-        raise DataError(f"{path!r} is a directory, not an HDF5 file")
-    try:
-        return h5py.File(path, "r")
-    except FAILURES as error:
-        text = str(error)
-        if "truncated" in text:
-            raise DataError(
-                f"{path!r} is truncated: it is shorter than its own header says. Write it again ({text})"
-            ) from error
-        if "signature not found" in text:
-            size = os.path.getsize(path)
-            raise DataError(f"{path!r} is not an HDF5 file ({size} bytes, without HDF5's signature)") from error
-        what = "cannot be opened" if isinstance(error, OSError) else "is damaged"
-        raise DataError(f"{path!r} {what}: {text}") from error
-
-
-def found(file: h5py.File, path: str, name: str | None) -> h5py.Group | h5py.Dataset:
-    """The group or dataset called `name`; `DataError` that lists what there is where it is missing."""
-    if name is None or not name.strip("/"):
-        with intact(repr(path)):
-            return file["/"]
-    try:
-        # HDF5 would take the name to end there, and find another thing.
-        if "\0" in name:
-            raise KeyError("a name holds no null character")
-        return file[name]
-    except FAILURES as error:
-        raise DataError(f"{path!r} has no {name!r}: {_near(file, name)} ({error})") from error
-
-
-def _near(file: h5py.File, name: str) -> str:
-    """What there is where `name` was sought."""
-    import h5py
-
-    parent = os.path.dirname(name.strip("/")) or "/"
-    try:
-        near = file.get(parent)
-        if near is None:
-            return f"nor has it {parent!r}; it holds {listing(file)}"
-        return f"{parent!r} holds {listing(near)}" if isinstance(near, h5py.Group) else f"{parent!r} is no group"
-    except FAILURES:
-        return f"{parent!r} cannot be listed"
-
-
-def listing(item: h5py.Group | h5py.Datatype) -> str:
-    """The names in a group, in words, for a message: of a damaged one too."""
-    import h5py
-
-    try:
-        names = list(item) if isinstance(item, h5py.Group) else []
-    except FAILURES as error:
-        return f"what cannot be listed ({error})"
-    return (", ".join(repr(name) for name in names[:20]) + (" …" if len(names) > 20 else "")) or "nothing"
-
-
-def dataset_of(item: Any, path: str, name: str) -> h5py.Dataset:
-    """The item, which is a dataset; `DataError` that says what it is where it is none."""
-    import h5py
-
-    if isinstance(item, h5py.Group):
-        raise DataError(f"{name!r} in {path!r} is a group, not a dataset: it holds {listing(item)}")
-    if not isinstance(item, h5py.Dataset):
-        raise DataError(f"{name!r} in {path!r} is a named datatype, not a dataset")
-    return item
-
-
 def layout_of(dataset: h5py.Dataset, path: str, name: str) -> Layout:
-    """The layout of a dataset; `DataError` where its elements cannot become rows of a tensor.
+    """The layout of a dataset; `DataError` where it has no samples.
 
     `path` and `name` are where it was found: behind a link, its own are others.
     """
@@ -158,11 +57,6 @@ def layout_of(dataset: h5py.Dataset, path: str, name: str) -> Layout:
 
 def _layout(dataset: h5py.Dataset, path: str, name: str, where: str) -> Layout:
     file, dtype, shape = dataset.file.filename, dataset.dtype, dataset.shape
-    if not readable(dtype):
-        raise DataError(
-            f"{where} has dtype {_kind(dtype)}, which no tensor can hold: choose others with datasets=[…], "
-            "or write its numbers as bool, int, float or complex"
-        )
     if not shape:
         raise DataError(f"{where} is {'empty' if shape is None else 'a scalar'}: expected shape (N, …)")
     if shape[0] == 0:
@@ -184,6 +78,9 @@ def _hindrance(dataset: h5py.Dataset) -> str | None:
 
     plist = dataset.id.get_create_plist()
     kind = plist.get_layout()
+    # Such data are pointers into a heap of the file, although HDF5 tells where they lie.
+    if dataset.dtype.hasobject:
+        return "of variable length"
     if kind == h5py.h5d.CHUNKED:
         return _chunked(dataset)
     if kind != h5py.h5d.CONTIGUOUS:
@@ -242,17 +139,3 @@ def _filter(described: tuple[int, int, tuple[int, ...], bytes]) -> str:
         32015: "zstd",
     }
     return known.get(described[0], f"filter {described[0]}")
-
-
-def _kind(dtype: np.dtype) -> str:
-    import h5py
-
-    if h5py.check_string_dtype(dtype) is not None:
-        return "string"
-    if h5py.check_vlen_dtype(dtype) is not None:
-        return f"variable-length {h5py.check_vlen_dtype(dtype)}"
-    if h5py.check_ref_dtype(dtype) is not None:
-        return "reference"
-    if dtype.names:
-        return f"compound ({', '.join(dtype.names)})"
-    return "opaque" if dtype.kind == "V" and not dtype.subdtype else str(dtype)

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from functrain.core.errors import ArgumentError, DataError
-from functrain.data.layout import FAILURES, check_chunks, intact, open_file
-from functrain.data.output import Output, check_free, replacing
-from functrain.data.slabs import slabs
+from functrain.data.h5.files import FAILURES, intact, open_file
+from functrain.data.h5.layout import check_chunks
+from functrain.data.h5.output import Output, check_free, replacing
+from functrain.data.h5.slabs import slabs
 from functrain.data.source import integer
 
 if TYPE_CHECKING:

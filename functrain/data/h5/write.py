@@ -13,8 +13,8 @@ from torch import Tensor
 
 from functrain.core.errors import ArgumentError
 from functrain.core.tree import Tree
-from functrain.data.output import Output, replacing
-from functrain.data.slabs import slabs
+from functrain.data.h5.output import Output, replacing
+from functrain.data.h5.slabs import slabs
 from functrain.data.source import integer
 
 # What h5py would choose splits rows (a 96×96×3 image over 192 chunks): chunks of whole rows, of about this size.

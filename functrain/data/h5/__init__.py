@@ -1,0 +1,1 @@
+"""HDF5 files: three ways to their bytes, sources over them, and writing them."""
