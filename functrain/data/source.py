@@ -13,6 +13,7 @@ from functrain.core import tree
 from functrain.core.errors import ArgumentError, PositionError, TreeError
 from functrain.core.explain import Stage
 from functrain.core.tree import Tree
+from functrain.data.runs import Runs
 
 
 class Source:
@@ -43,6 +44,13 @@ class Source:
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         """The elements at `indices` in an epoch, stacked; a source that can read them at once defines this too."""
         return stacked([self.get(i, epoch) for i in indices.tolist()])
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        """The elements at `indices` will be taken soon: begin with what can be done ahead. Never waits; nothing by default."""
+
+    def runs(self) -> Runs | None:
+        """Which neighbours are cheapest read together; None where each element lies alone."""
+        return None
 
     # What it stands on, for explain() and to know whether its order changes with the epoch.
     inner: Sequence[Source] = ()

@@ -17,6 +17,7 @@ from functrain.data.h5.files import FAILURES, dataset_of, found, intact, listing
 from functrain.data.h5.layout import Layout, layout_of
 from functrain.data.h5.readers import Readers
 from functrain.data.rows import whole_run
+from functrain.data.runs import Runs
 from functrain.data.source import Source
 
 if TYPE_CHECKING:
@@ -75,6 +76,15 @@ class HDF5(Source):
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         run = whole_run(indices)
         return self._rows(indices if run is None else run)
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        for column in self._columns.values():
+            column.reader.announce(indices)
+
+    def runs(self) -> Runs | None:
+        step = max(column.reader.run for column in self._columns.values())
+        size = sum(column.reader.layout.size for column in self._columns.values()) // len(self)
+        return Runs(((len(self), step),), size) if step > 1 else None
 
     def _rows(self, where: slice | np.ndarray) -> Tree:
         if not self._finalizer.alive:
