@@ -10,7 +10,7 @@ class Runs(NamedTuple):
 
     The last run of a stretch holds what is left. `size` is the size of an element in bytes, decoded.
 
-    >>> Runs(((10, 4), (3, 8)), 100).count
+    >>> Runs(((10, 4), (3, 8)), 100).number
     4
     """
 
@@ -18,6 +18,6 @@ class Runs(NamedTuple):
     size: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many runs there are."""
         return sum(-(-length // step) for length, step in self.stretches)
