@@ -11,7 +11,8 @@ from bench import race, report
 from bench.race import Result
 
 BENCHES = (
-    "step", "mixed", "repeat", "population", "optim", "unroll", "parallel", "reduce", "private", "robust", "prefetch", "start",
+    "step", "mixed", "repeat", "population", "optim", "unroll", "parallel", "reduce", "private", "robust", "prefetch", "hdf5",
+    "shuffle", "memory", "start",
 )  # fmt: skip
 
 

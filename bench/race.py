@@ -53,11 +53,16 @@ def only_check() -> None:
     _Mode.smoke = True
 
 
-def race(contestants: Mapping[str, Contestant], rounds: int = 21, turn: float = 0.05) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, one figure a round; in each round all take a turn of about `turn` seconds."""
+def race(
+    contestants: Mapping[str, Contestant], rounds: int = 21, turn: float = 0.05, before: Contestant | None = None
+) -> dict[str, list[float]]:
+    """Seconds a call of each contestant, one figure a round; in each round all take a turn of about `turn` seconds.
+
+    With `before`, which is called before each turn and not timed, a turn is one call.
+    """
     if smoke():
         rounds, turn = 2, 0.0
-    calls = {name: _calls(run, turn) for name, run in contestants.items()}
+    calls = dict.fromkeys(contestants, 1) if before else {name: _calls(run, turn) for name, run in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     gc.collect()
     gc.disable()
@@ -66,6 +71,8 @@ def race(contestants: Mapping[str, Contestant], rounds: int = 21, turn: float = 
             # The order turns with the round: nobody always runs after the same one.
             names = list(contestants)
             for name in names[number % len(names) :] + names[: number % len(names)]:
+                if before:
+                    before()
                 start = time.perf_counter()
                 for _ in range(calls[name]):
                     contestants[name]()

@@ -34,7 +34,25 @@ from functrain.core.sequence import seqloss, tbptt, windows
 from functrain.core.step import State, Step, step
 from functrain.core.tree import named as named_params
 from functrain.core.tree import tree_reduce, weights
-from functrain.data import Source, arrays, h5concat, h5write, hdf5, prefetch, readmmap, sampled
+from functrain.data import (
+    Budget,
+    Source,
+    arrays,
+    concat,
+    content_hash,
+    csr,
+    episodes,
+    h5concat,
+    h5inspect,
+    h5write,
+    hdf5,
+    mix,
+    prefetch,
+    ragged,
+    readmmap,
+    sampled,
+    source,
+)
 from functrain.engine.compile import compiled
 from functrain.engine.evaluate import evaluate
 from functrain.engine.experiment import Experiment
@@ -53,6 +71,7 @@ __all__ = [
     "Apply",
     "ArgumentError",
     "Best",
+    "Budget",
     "Checkpoints",
     "ConfigError",
     "DataError",
@@ -85,6 +104,10 @@ __all__ = [
     "average",
     "averaged",
     "compiled",
+    "concat",
+    "content_hash",
+    "csr",
+    "episodes",
     "evaluate",
     "example_grads",
     "explain",
@@ -95,6 +118,7 @@ __all__ = [
     "grid_search",
     "guard",
     "h5concat",
+    "h5inspect",
     "h5write",
     "hdf5",
     "health",
@@ -102,6 +126,7 @@ __all__ = [
     "load_tree",
     "loss_scaled",
     "lr_find",
+    "mix",
     "mixed",
     "monitor",
     "named_params",
@@ -111,6 +136,7 @@ __all__ = [
     "population",
     "prefetch",
     "privacy",
+    "ragged",
     "random",
     "readmmap",
     "reduce",
@@ -119,6 +145,7 @@ __all__ = [
     "sampled",
     "save_tree",
     "seqloss",
+    "source",
     "states",
     "step",
     "tbptt",

@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
-from functrain.cli import load_program
+import functrain as ft
+from functrain.cli import load_program, main
 from functrain.core.errors import ConfigError
 from functrain.runs.directory import Run
 from functrain.runs.store import load_named
@@ -139,6 +142,62 @@ def test_a_run_begun_with_other_keys_is_not_resumed_by_guessing(room: Path) -> N
     done = functrain("resume", "odd", cwd=room)
     assert done.returncode == 1
     assert "colour" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def shelf(room: Path) -> Path:
+    """An HDF5 file whose images lie badly."""
+    with h5py.File(room / "shelf.h5", "w") as file:
+        images = np.random.default_rng(0).integers(0, 9, (32, 96, 96, 3), "u1")
+        file.create_dataset("train/images", data=images, chunks=(8, 12, 12, 1), compression="gzip", shuffle=True)
+        file["train/labels"] = np.arange(32)
+        file["train/\x1b[31mred\nline"] = np.arange(32)
+        file["test/scale"] = 3.0
+        file["test/lost"] = h5py.SoftLink("/nowhere")
+    return room / "shelf.h5"
+
+
+def test_data_inspect_shows_what_a_file_holds(room: Path, shelf: Path) -> None:
+    done = functrain("data", "inspect", shelf.name, cwd=room)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("train/images"))
+    for cell in ("32×96×96×3", "uint8", "chunks 8×12×12×1", "shuffle+gzip", "864.0 KiB", "direct"):
+        assert cell in row
+    for text in ("one sample touches 192 chunks", "test/lost: 'test/lost' in 'shelf.h5' leads nowhere", "test/scale", "scalar"):
+        assert text in done.stdout
+    assert "\x1b" not in done.stdout
+    assert r"train/\x1b[31mred\nline" in done.stdout
+    for name in ("train/images", "train/labels", "test/scale"):
+        assert f"{ft.content_hash(shelf, name)}  {name}" in done.stdout
+
+
+def test_data_inspect_of_a_group_without_speed(room: Path, shelf: Path) -> None:
+    done = functrain("data", "inspect", shelf.name, "--group", "test", "--no-speed", "--hashes", cwd=room)
+    assert done.returncode == 0, done.stderr
+    assert "test/scale" in done.stdout
+    assert "train" not in done.stdout
+
+
+def test_data_inspect_told_wrong_says_so_without_a_traceback(
+    room: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(room)
+    (room / "text.h5").write_text("no HDF5")
+    os.mkfifo(room / "fifo.h5")
+    cases = {
+        ("absent.h5",): "no file 'absent.h5'",
+        ("text.h5",): "'text.h5' is not an HDF5 file",
+        ("fifo.h5",): "'fifo.h5' is a FIFO",
+        (".",): "'.' is a directory",
+        ("shelf.h5", "--group", "nowhere"): "'shelf.h5' has no 'nowhere'",
+        ("shelf.h5", "--fast"): "unknown arguments: --fast",
+        ("nosuch://a.h5",): "nosuch://a.h5",
+    }
+    for arguments, text in cases.items():
+        assert main(["data", "inspect", *arguments]) == 1
+        assert text in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["data", "inspect"])
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:

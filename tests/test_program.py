@@ -84,6 +84,24 @@ def test_readmes_blocks_on_optimizers_and_unrolling_run_as_they_stand(capsys: py
     ft.testing.equal("hypergradient", slope, ((high - low) / 2e-3).to(slope.dtype), 0.1)
 
 
+def test_readmes_block_on_data_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data,) = (block for block in python_blocks() if "h5py.File" in block)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(data, names)
+    shown = capsys.readouterr().out
+    assert "direct" in shown
+    assert "items" in shown.splitlines()[-1]
+    source, train = names["source"], names["train"]
+    assert len(source) == sum(3_000 + year % 9 for year in (2022, 2023, 2024))
+    assert names["batch"]["x"].shape[1:] == (64,)
+    assert len(names["batches"]) == -(-len(train) // 128)
+    assert names["budget"].peak <= names["budget"].limit
+    source.close()
+
+
 def test_readmes_program_file_trains(tmp_path: Path) -> None:
     (program,) = (block for block in python_blocks() if "class Config" in block)
     (tmp_path / "program.py").write_text(program)

@@ -77,7 +77,7 @@ def readable(size: int) -> str:
     >>> readable(512), readable(3 * 2**20)
     ('512 B', '3.0 MiB')
     """
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+    for power, unit in ((60, "EiB"), (50, "PiB"), (40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size >= 1 << power:
             return f"{size / (1 << power):.1f} {unit}"
     return f"{size} B"

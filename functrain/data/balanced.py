@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from functrain.core import random
 from functrain.core.errors import ArgumentError
+from functrain.data.arguments import integer
+from functrain.data.labels import classes
 from functrain.data.order import Reordered
 from functrain.data.permutation import permuted_each
-from functrain.data.source import Source, integer
+from functrain.data.remembered import remembered
+from functrain.data.source import Source
 
 _BLOCK_BITS = 12
 
@@ -38,7 +39,7 @@ class Balanced(Reordered):
                 "the order of this source changes with the epoch, so labels cannot say which class stands where: balance "
                 "first (a balanced order is shuffled as it is: leave .shuffle out), and augment after that"
             )
-        self.names, numbers = _classes(labels, source.length)
+        self.names, numbers = classes(labels, source.length)
         count = len(self.names)
         if length is None:
             length = count * -(-source.length // count)
@@ -54,7 +55,7 @@ class Balanced(Reordered):
         self.seeds = random.split(random.key(seed), count).numpy()
         # Neighbouring positions come from a block that is computed once: a batch of 128 takes 0.1 ms on average,
         # and 0.8 computed by itself, nearly all of it NumPy's overhead.
-        self._block = lru_cache(maxsize=4)(self._computed)
+        self._block = remembered(self._computed, 4)
 
     def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
         blocks = positions >> _BLOCK_BITS
@@ -82,38 +83,3 @@ class Balanced(Reordered):
         listed = ", ".join(held if len(held) <= 6 else [*held[:3], "…", *held[-2:]])
         order = f"one class after the other, each shuffled with seed {self.seed}, pass after pass"
         return {**super().facts(), "order": order, "classes": f"{len(held):,} ({listed})"}
-
-
-def _classes(labels: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The classes that there are, in ascending order, and the number of its class for each label."""
-    values = _array(labels)
-    if values.ndim != 1:
-        advice = "; of one-hot labels, take the place of the one: labels.argmax(1)" if values.ndim == 2 else ""
-        raise ArgumentError(f"labels are (n,), one for each element, got {values.shape}{advice}")
-    if len(values) != length:
-        raise ArgumentError(f"labels are one for each element: the source has {length:,}, got {len(values):,} labels")
-    unlabelled = np.flatnonzero([label is None or label != label for label in values.tolist()])
-    if unlabelled.size:
-        place = int(unlabelled[0])
-        raise ArgumentError(
-            f"{unlabelled.size:,} of {length:,} elements have no label (label {place} is {values[place]}): leave them out"
-        )
-    try:
-        names, numbers = np.unique(values, return_inverse=True)
-    except TypeError as error:
-        raise ArgumentError(f"labels are ints or strings, of one kind: {error}") from error
-    return names, numbers
-
-
-def _array(labels: Any) -> np.ndarray:
-    if isinstance(labels, torch.Tensor):
-        mine = labels.detach().cpu()
-        # NumPy has no bfloat16.
-        return (mine.double() if mine.is_floating_point() else mine).numpy()
-    try:
-        values = np.asarray(labels)
-    except ValueError as error:
-        raise ArgumentError(f"labels are an array (n,) of ints or strings: {error}") from error
-    if values.dtype.kind not in "biufUSO":
-        raise ArgumentError(f"labels are ints or strings, got {type(labels).__name__} of {values.dtype}")
-    return values

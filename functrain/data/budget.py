@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 from functrain.core.errors import ArgumentError
 from functrain.core.explain import readable
@@ -29,6 +30,18 @@ def size_of(name: str, given: int | str) -> int:
     return int(float(match[1]) * unit)
 
 
+class Evictable(Protocol):
+    """What holds bytes that can be had again, and lets go of them when others need room."""
+
+    def oldest(self) -> int | None:
+        """The budget's `now()` when what would go first was last used; None where there is nothing to let go of."""
+        ...
+
+    def evict(self, size: int) -> None:
+        """Let go of about `size` bytes, the oldest first, and `release` them: from any thread, without the budget's lock."""
+        ...
+
+
 class Budget:
     """Bytes that several holders share: a source's decoded chunks, the batches that `prefetch` has ready.
 
@@ -45,8 +58,9 @@ class Budget:
     def __init__(self, limit: int | str) -> None:
         self.limit = size_of("limit", limit)
         self.used = self.peak = 0
-        self._lock = threading.Lock()
-        self._evictors: list[weakref.WeakMethod[Callable[[int], Any]]] = []
+        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._holders: list[weakref.ref[Evictable]] = []
+        self._clock = itertools.count(1)
 
     @classmethod
     def of(cls, given: int | str | Budget) -> Budget:
@@ -54,38 +68,124 @@ class Budget:
         return given if isinstance(given, Budget) else cls(size_of("memory", given))
 
     def charge(self, size: int) -> None:
-        """Count `size` bytes that a holder has now; `room` first, to have others let go of theirs."""
-        with self._lock:
+        """Count `size` bytes that a holder has now."""
+        with self.lock():
             self.used += size
             self.peak = max(self.peak, self.used)
 
     def release(self, size: int) -> None:
         """Count `size` bytes less."""
-        with self._lock:
+        with self.lock():
             self.used -= size
 
-    def room(self, size: int) -> bool:
-        """Whether `size` more bytes fit, once caches have let go of what they can. Never waits."""
-        for evictor in list(self._evictors):
-            missing = self.used + size - self.limit
-            if missing <= 0:
+    def reserve(self, size: int, asker: Evictable | None = None) -> bool:
+        """Charge `size` bytes if there is `room` for them; whether they were charged."""
+        self.room(size, asker)
+        with self.lock():
+            fits = self.used + size <= self.limit
+            if fits:
+                self.charge(size)
+        return fits
+
+    def room(self, size: int, asker: Evictable | None = None) -> bool:
+        """Whether `size` more bytes fit, once holders have let go of what was not used for the longest time. Never waits.
+
+        Where the oldest is the asker's own, it is told False and left to put its new bytes in the place of the old.
+        """
+        while (missing := self.used + size - self.limit) > 0:
+            with self.lock():
+                holders = [holder for known in self._holders if (holder := known()) is not None]
+            aged = [(age, number) for number, holder in enumerate(holders) if (age := holder.oldest()) is not None]
+            if not aged:
                 break
-            evict = evictor()
-            if evict is not None:
-                evict(missing)
+            holder = holders[min(aged)[1]]
+            before = self.used
+            if holder is asker:
+                break
+            holder.evict(missing)
+            if self.used >= before:
+                # In use since, or another thread took the room.
+                break
         return self.used + size <= self.limit
 
-    def on_pressure(self, evict: Callable[[int], Any]) -> None:
-        """Have the bound method `evict(size)` called when others need room: it lets go of `size` bytes, or what it can.
+    def on_pressure(self, holder: Evictable) -> None:
+        """Have `holder.evict(size)` called when others need room; it is forgotten with its object."""
+        with self.lock():
+            self._holders = [known for known in self._holders if known() is not None]
+            self._holders.append(weakref.ref(holder))
 
-        It is called without this budget's lock, from any thread, and calls `release`; it is forgotten with its object.
-        """
-        with self._lock:
-            self._evictors = [known for known in self._evictors if known() is not None]
-            self._evictors.append(weakref.WeakMethod(evict))
+    def now(self) -> int:
+        """A number that grows from call to call."""
+        return next(self._clock)
+
+    def lock(self) -> threading.RLock:
+        """What to hold while `used` changes."""
+        # A holder that is forgotten releases its bytes wherever the interpreter happens to be: hence reentrant.
+        if self._pid != os.getpid():
+            # After a fork, another thread of the parent may have held it; and holders begin anew.
+            self._pid, self._lock, self.used = os.getpid(), threading.RLock(), 0
+        return self._lock
+
+    def __reduce__(self) -> tuple[type[Budget], tuple[int]]:
+        # Another process has holders of its own.
+        return Budget, (self.limit,)
 
     def __repr__(self) -> str:
         return f"<Budget {readable(self.used)} of {readable(self.limit)}>"
 
 
-__all__ = ["Budget", "size_of"]
+class Account:
+    """What one stream holds of a budget: `items` of `held` bytes in all, which can be given back at any moment.
+
+    Each count and its part in the budget change in one statement, in which no signal is handled: so Ctrl-C loses no bytes.
+    What is forgotten is given back, and what was inherited through a fork is not this process's to give.
+
+    >>> budget = Budget(100)
+    >>> account = Account(budget)
+    >>> account.begin(70), account.begin(70), account.begin(70, anyway=True), budget.used
+    (True, False, True, 140)
+    >>> account.settle(); budget.used
+    0
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget, self.held, self.items = budget, 0, 0
+        self._pid = os.getpid()
+
+    def begin(self, size: int, anyway: bool = False) -> bool:
+        """Charge one more item of `size` bytes, if there is room or `anyway`; whether it was charged."""
+        budget = self.budget
+        budget.room(size)
+        with budget.lock():
+            begun = anyway or budget.used + size <= budget.limit
+            if begun:
+                self.items, self.held, budget.used = self.items + 1, self.held + size, budget.used + size
+                budget.peak = max(budget.peak, budget.used)
+        return begun
+
+    def grow(self, size: int) -> None:
+        """Charge `size` bytes more (or less, below 0) for an item that was begun."""
+        budget = self.budget
+        with budget.lock():
+            self.held, budget.used = self.held + size, budget.used + size
+            budget.peak = max(budget.peak, budget.used)
+
+    def end(self, size: int) -> None:
+        """Release an item of `size` bytes; nothing where all were given back before."""
+        budget = self.budget
+        with budget.lock():
+            if self.items:
+                self.items, self.held, budget.used = self.items - 1, self.held - size, budget.used - size
+
+    def settle(self) -> None:
+        """Give everything back."""
+        if self._pid == os.getpid():
+            budget = self.budget
+            with budget.lock():
+                self.items, self.held, budget.used = 0, 0, budget.used - self.held
+
+    def __del__(self) -> None:
+        self.settle()
+
+
+__all__ = ["Account", "Budget", "Evictable", "size_of"]

@@ -14,7 +14,8 @@ from functrain.core.deferred import Deferred, drawn
 from functrain.core.errors import ArgumentError, TreeError
 from functrain.core.explain import Stage
 from functrain.core.tree import Tree
-from functrain.data.source import Source, integer
+from functrain.data.arguments import integer
+from functrain.data.source import Source
 from functrain.data.transform import Batch, as_tensor
 
 
@@ -55,6 +56,9 @@ class DeferredBatches(_Deferring):
         places = self.batches.places(i)
         return Deferred(len(places), partial(self._rows, places, epoch))
 
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        self.batches.announce(indices, epoch)
+
     def _rows(self, places: range, epoch: int, start: int, stop: int) -> Tree:
         here = places[start:stop]
         return self.batches.source.take(np.arange(here.start, here.stop), epoch)
@@ -76,6 +80,9 @@ class Drawn(Source):
 
     def get(self, i: int, epoch: int) -> Tree:
         return drawn(self.source.get(i, epoch))
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        self.source.announce(indices, epoch)
 
 
 def sampled(sample: Callable[[Tensor], Tree], size: int, seed: int = 0) -> Source:

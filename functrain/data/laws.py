@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ def check_source(source: Source) -> None:
     else:
         _check_take(source, places)
     _check_epochs(source, places)
+    _check_hints(source, places)
     if source.length:
         _check_order(source, places)
         _check_repeat(source, places)
@@ -54,7 +56,9 @@ def same(first: Tree, second: Tree) -> bool:
 
 
 def _bits(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = leaf.detach().contiguous().reshape(-1)
+    # An empty tensor may have strides by which torch refuses to view it.
+    return flat.view(torch.uint8) if len(flat) else torch.empty(0, dtype=torch.uint8)
 
 
 def _places(source: Source) -> list[int]:
@@ -102,6 +106,9 @@ def _check_take(source: Source, places: list[int]) -> None:
     chosen = [*places[::-1], places[len(places) // 2]] if places else []
     for epoch in (0, 1):
         elements = [source.get(i, epoch) for i in chosen]
+        if elements:
+            read = source.elements(np.array(chosen), epoch)
+            assert same(tuple(read), tuple(elements)), f"elements, read at once, are not those of get, in epoch {epoch}"
         if elements and _alike(elements):
             taken = source.take(np.array(chosen), epoch)
             assert same(taken, tree.stack(elements)), f"take is not the elements stacked, in epoch {epoch}"
@@ -122,6 +129,15 @@ def _check_epochs(source: Source, places: list[int]) -> None:
             element = source.get(i, epoch)
             assert same(later(i), element), f"epoch({epoch}) differs from get(i, {epoch}) at position {i}"
             assert not source.steady or same(source(i), element), f"a steady source changed at {i} in epoch {epoch}"
+
+
+def _check_hints(source: Source, places: list[int]) -> None:
+    if places:
+        before = source(places[0])
+        source.announce(np.array(places), 0)
+        assert same(source(places[0]), before), "an element changed when it was announced"
+    runs = source.runs()
+    assert runs is None or runs.length == source.length, f"runs are of {runs.length} elements, the source has {source.length}"
 
 
 def _check_order(source: Source, places: list[int]) -> None:
@@ -167,29 +183,35 @@ def _check_repeat(source: Source, places: list[int]) -> None:
 # --- law 4 -------------------------------------------------------------------------------------------------
 
 
-def check_prefetch(source: Source, depth: int = 4) -> None:
+def check_prefetch(source: Source, depth: int = 4, **options: Any) -> None:
     """Check law 4 on a finite source: prefetching changes nothing, keeps its bound, and always ends.
 
-    Reads two epochs. Raises `AssertionError` that names what is broken.
+    Reads two epochs. `options` are what else `prefetch` takes; a memory has to have room for `depth` elements. Raises
+    `AssertionError` that names what is broken.
 
-    >>> check_prefetch(arrays(torch.arange(10)).shuffle(seed=3).batch(4), depth=2)
+    >>> check_prefetch(arrays(torch.arange(10)).shuffle(seed=3).batch(4), depth=2, workers=2)
     """
-    before = set(threading.enumerate())
+    before = _loaders()
     length = len(source)
-    with prefetch(source, depth) as batches:
+    with prefetch(source, depth, **options) as batches:
         _compare(batches, iter(source), "one epoch")
         endless = source.repeat()
         crossing = batches.between(length // 2, length + length // 2)
         _compare(crossing, (endless(i) for i in range(length // 2, length + length // 2)), "between")
-    _check_bound(source, depth)
+    _check_bound(source, depth, **options)
     for failing in sorted({0, length // 2, length - 1}):
-        _check_failure(source, depth, failing)
+        _check_failure(source, depth, failing, **options)
     for taken in sorted({0, 1, length // 2}):
-        with prefetch(source, depth) as batches:
+        with prefetch(source, depth, **options) as batches:
             stream = batches.between(0)
             for _ in range(taken):
                 next(stream)
-    assert set(threading.enumerate()) <= before, "a thread outlived its prefetch"
+    assert _loaders() <= before, "a thread outlived its prefetch"
+
+
+def _loaders() -> set[threading.Thread]:
+    # A source may have threads of its own, for as long as it is open.
+    return {thread for thread in threading.enumerate() if thread.name == "functrain-prefetch"}
 
 
 def _compare(stream: Prefetch | Iterator[Tree], expected: Iterator[Tree], what: str) -> None:
@@ -219,10 +241,10 @@ class _DeliberateError(Exception):
     pass
 
 
-def _check_bound(source: Source, depth: int) -> None:
+def _check_bound(source: Source, depth: int, **options: Any) -> None:
     watched = _Watched(source)
     length = len(source)
-    with prefetch(watched, depth) as batches:
+    with prefetch(watched, depth, **options) as batches:
         stream = iter(batches)
         for taken in range(length):
             with watched.changed:
@@ -234,8 +256,8 @@ def _check_bound(source: Source, depth: int) -> None:
     assert watched.ahead <= depth, f"{watched.ahead} elements were outstanding at depth {depth}"
 
 
-def _check_failure(source: Source, depth: int, failing: int) -> None:
-    with prefetch(_Watched(source, failing), depth) as batches:
+def _check_failure(source: Source, depth: int, failing: int, **options: Any) -> None:
+    with prefetch(_Watched(source, failing), depth, **options) as batches:
         stream = iter(batches)
         for i in range(failing):
             assert same(next(stream), source(i)), f"element {i}, before a failing one, differs"

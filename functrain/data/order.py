@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from functrain.core import tree
 from functrain.core.errors import ArgumentError
 from functrain.core.tree import Tree
 from functrain.data.permutation import permuted
+from functrain.data.runs import Runs
 from functrain.data.source import Source
+from functrain.data.stacking import joined
 
 
 class Reordered(Source):
@@ -30,15 +33,25 @@ class Reordered(Source):
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         return self.source.take(self.indices(indices, epoch), epoch)
 
+    def elements(self, indices: np.ndarray, epoch: int) -> list[Tree]:
+        return self.source.elements(self.indices(indices, epoch), epoch)
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        self.source.announce(self.indices(indices, epoch), epoch)
+
 
 class Shuffle(Reordered):
-    """Another order each epoch, drawn from a seed."""
+    """Another order each epoch, drawn from a seed.
+
+    `quality` is 1 where an order mixes as well as a full shuffle, which is what this one is.
+    """
 
     steady = False
+    quality = 1.0
 
-    def __init__(self, source: Source, seed: int) -> None:
+    def __init__(self, source: Source, seed: int, note: str = "") -> None:
         super().__init__(source, len(source))
-        self.seed = seed
+        self.seed, self.note = seed, note
 
     def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
         return permuted(positions, len(self), self.seed, epoch)
@@ -47,6 +60,7 @@ class Shuffle(Reordered):
         return {
             **super().facts(),
             "order": f"a bijection keyed by seed {self.seed} and epoch, computed, not stored",
+            **({"within": self.note} if self.note else {}),
         }
 
 
@@ -76,12 +90,16 @@ class Part(Reordered):
         positions = positions + self.start
         return positions if self.seed is None else permuted(positions, len(self.source), self.seed, None)
 
+    def runs(self) -> Runs | None:
+        whole = self.source.runs()
+        return None if whole is None or self.seed is not None else whole.between(self.start, self.start + len(self))
+
     def facts(self) -> dict[str, str]:
         order = "contiguous" if self.seed is None else f"drawn with seed {self.seed}, the same in every epoch"
         return {**super().facts(), "part": f"{len(self):,} of {len(self.source):,} elements, {order}"}
 
 
-def split(source: Source, fractions: tuple[float, ...], seed: int | None) -> tuple[Part, ...]:
+def split(source: Source, fractions: tuple[float, ...], seed: int | None, groups: Any = None) -> Sequence[Reordered]:
     """The parts of `Source.split`, which see."""
     if not source.steady:
         raise ArgumentError(
@@ -91,11 +109,15 @@ def split(source: Source, fractions: tuple[float, ...], seed: int | None) -> tup
     valid = all(isinstance(f, (int, float)) and 0 < f <= 1 for f in fractions)
     if not fractions or not valid or sum(fractions) > 1 + 1e-9:
         raise ArgumentError(f"split takes fractions above 0 that sum to at most 1, got {fractions}")
-    length = len(source)
     # fsum: ten times 0.1 is 1, and leaves no rest.
-    bounds = [0, *(min(length, round(length * math.fsum(fractions[: n + 1]))) for n in range(len(fractions)))]
-    if math.fsum(fractions) < 1 - 1e-9:
-        bounds.append(length)
+    rest = 1 - math.fsum(fractions)
+    shares = (*fractions, rest) if rest > 1e-9 else fractions
+    if groups is not None:
+        from functrain.data.groups import split_groups
+
+        return split_groups(source, shares, seed, groups)
+    length = len(source)
+    bounds = [0, *(min(length, round(length * math.fsum(shares[: n + 1]))) for n in range(len(shares)))]
     pairs = list(itertools.pairwise(bounds))
     if any(start == stop for start, stop in pairs):
         sizes = ", ".join(str(stop - start) for start, stop in pairs)
@@ -112,30 +134,30 @@ class Repeat(Source):
         self.source, self.inner, self.epochs, self.period = source, (source,), epochs, source.length
         self.length = None if epochs is None else epochs * source.length
 
-    def _epoch(self, epoch: int, i: int) -> int:
+    def _first(self, epoch: int) -> int:
         # Epoch e of three epochs begins with epoch 3e; without end, it is the stream from epoch e on.
-        return epoch * (self.epochs or 1) + i // self.period
+        return epoch * (self.epochs or 1)
 
     def get(self, i: int, epoch: int) -> Tree:
-        return self.source.get(i % self.period, self._epoch(epoch, i))
+        return self.source.get(i % self.period, self._first(epoch) + i // self.period)
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
-        first, last = int(indices.min()) // self.period, int(indices.max()) // self.period
-        if first == last:
-            return self.source.take(indices % self.period, self._epoch(epoch, first * self.period))
-        epochs = indices // self.period
-        groups = [np.flatnonzero(epochs == number) for number in np.unique(epochs)]
-        taken = [self.source.take(indices[group] % self.period, self._epoch(epoch, int(indices[group[0]]))) for group in groups]
-        places = tree_order(groups)
-        return tree.map(lambda leaf: leaf[places], tree.concat(taken))
+        parts = self._parts(indices, epoch)
+        return joined(len(indices), ((f"epoch {number}", here, self.source.take(at, number)) for number, here, at in parts))
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        for number, _, at in self._parts(indices, epoch):
+            self.source.announce(at, number)
+
+    def _parts(self, indices: np.ndarray, epoch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each epoch that has some of the elements: its number, their places in `indices`, and in the epoch."""
+        passes, at = np.divmod(indices, self.period)
+        for number in np.unique(passes).tolist():
+            here = np.flatnonzero(passes == number)
+            yield self._first(epoch) + number, here, at[here]
 
     def facts(self) -> dict[str, str]:
         return {**super().facts(), "epochs": f"{self.epochs or 'without end'}, of {self.period:,}"}
-
-
-def tree_order(groups: list[np.ndarray]) -> np.ndarray:
-    """Where each element stands among the groups laid end to end."""
-    return np.argsort(np.concatenate(groups))
 
 
 class Epoch(Source):
@@ -151,6 +173,15 @@ class Epoch(Source):
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         return self.source.take(indices, self.number)
+
+    def elements(self, indices: np.ndarray, epoch: int) -> list[Tree]:
+        return self.source.elements(indices, self.number)
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        self.source.announce(indices, self.number)
+
+    def runs(self) -> Runs | None:
+        return self.source.runs()
 
     def facts(self) -> dict[str, str]:
         return {**super().facts(), "epoch": str(self.number)}

@@ -47,6 +47,15 @@ def permuted(positions: np.ndarray, length: int, seed: int, epoch: int | None) -
     return _scattered(positions, length, _round_keys(_rounds(length), *_key(seed, epoch)))
 
 
+def inverse(indices: np.ndarray, length: int, seed: int, epoch: int | None) -> np.ndarray:
+    """The position at which each of `indices` stands in the order that `permuted` gives; computed one by one.
+
+    >>> inverse(permuted(np.arange(5), 5, seed=3, epoch=0), 5, seed=3, epoch=0).tolist()
+    [0, 1, 2, 3, 4]
+    """
+    return _scattered(indices, length, _round_keys(_rounds(length), *_key(seed, epoch)), backwards=True)
+
+
 def permuted_each(positions: np.ndarray, lengths: np.ndarray, seeds: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """`permuted` of every position by an order of its own: of `lengths`, `seeds` and `epochs`, all `(K,)` int64.
 
@@ -99,9 +108,9 @@ def _small(length: int, keys: np.ndarray) -> np.ndarray:
     return values
 
 
-def _scattered(positions: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+def _scattered(positions: np.ndarray, length: int, keys: np.ndarray, backwards: bool = False) -> np.ndarray:
     bits = (length - 1).bit_length()
-    return _walk(positions, length, lambda values, _: _feistel(values, bits, keys))
+    return _walk(positions, length, lambda values, _: _feistel(values, bits, keys, backwards))
 
 
 def _walk(positions: np.ndarray, lengths: int | np.ndarray, once: Callable[..., np.ndarray]) -> np.ndarray:
@@ -112,17 +121,20 @@ def _walk(positions: np.ndarray, lengths: int | np.ndarray, once: Callable[..., 
     return values.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, bits: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
-    # `bits` is one width, or one for each value; then so are the keys of each round.
+def _feistel(values: np.ndarray, bits: int | np.ndarray, keys: np.ndarray, backwards: bool = False) -> np.ndarray:
+    # `bits` is one width, or one for each value; then so are the keys of each round. Backwards it is the same network
+    # with its halves exchanged, and the last key first.
     narrow = np.asarray(bits, dtype=np.uint64) >> _ONE
     wide = np.asarray(bits, dtype=np.uint64) - narrow
     left, right = values >> wide, values & ((_ONE << wide) - _ONE)
+    if backwards:
+        left, right, narrow, wide, keys = right, left, wide, narrow, keys[::-1]
     for key in keys:
         # `narrow` is the width of the left half, which this round replaces.
         left ^= _mixed(right ^ key, narrow)
         left, right = right, left
         wide, narrow = narrow, wide
-    return (left << wide) | right
+    return (right << narrow) | left if backwards else (left << wide) | right
 
 
 def _mixed(values: np.ndarray, width: np.ndarray) -> np.ndarray:
@@ -148,11 +160,18 @@ def _key(seed: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
 def _round_keys(rounds: int, seeds: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """The keys `(rounds, K)` of K orders; epochs count from 1, and 0 is none."""
     # Hashed one into the other, never added: seed 0 in epoch 1 has nothing to do with seed 1 in epoch 0.
-    keys = _hash(_hash(seeds ^ np.uint64(_GOLDEN)) ^ epochs)
-    return _hash(keys ^ np.arange(1, rounds + 1, dtype=np.uint64)[:, None])
+    keys = hashed(hashed(seeds ^ np.uint64(_GOLDEN)) ^ epochs)
+    return hashed(keys ^ np.arange(1, rounds + 1, dtype=np.uint64)[:, None])
 
 
-def _hash(values: np.ndarray) -> np.ndarray:
+def hashed(values: np.ndarray) -> np.ndarray:
+    """64 random bits for each of `values` (uint64): as `random.fold_in` of keys and numbers xor-ed together, at 1 µs a call.
+
+    >>> import torch
+    >>> from functrain.core import random
+    >>> int(hashed(np.array([7 ^ 5], dtype=np.uint64)).view(np.int64)[0]) == int(random.fold_in(torch.tensor(7), 5))
+    True
+    """
     values = (values ^ values >> np.uint64(30)) * np.uint64(_FIRST)
     values = (values ^ values >> np.uint64(27)) * np.uint64(_SECOND)
     return values ^ values >> np.uint64(31)

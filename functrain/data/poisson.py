@@ -11,6 +11,7 @@ import torch
 from functrain.core import random
 from functrain.core.errors import ArgumentError
 from functrain.core.tree import Tree
+from functrain.data.remembered import remembered
 from functrain.data.source import Source
 
 # A block's hashes stay in the cache, and below torch's bound for a second thread; 12 ns an element.
@@ -29,6 +30,8 @@ class Poisson(Source):
     """
 
     steady = False
+    # As many rows as were drawn, padded.
+    ragged = True
 
     def __init__(self, source: Source, rate: Any, seed: int, pad: int) -> None:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
@@ -38,12 +41,15 @@ class Poisson(Source):
         self.source, self.inner, self.rate, self.seed, self.pad = source, (source,), float(rate), seed, pad
         self.length = max(1, round(1 / rate))
         self.key = random.fold_in(random.key(seed), _POISSON)
+        # A batch that is announced is taken soon.
+        self._members = remembered(self._drawn, 4)
 
     def members(self, i: int, epoch: int) -> np.ndarray:
         """The indices (int64, ascending) of the elements that are in batch i of an epoch; there may be none."""
+        return np.arange(len(self.source)) if self.rate == 1.0 else self._members(i, epoch)
+
+    def _drawn(self, i: int, epoch: int) -> np.ndarray:
         count = len(self.source)
-        if self.rate == 1.0:
-            return np.arange(count)
         key = random.fold_in(self.key, epoch * len(self) + i)
         # Hashes are uniform over the int64s.
         threshold = math.ceil(self.rate * 2.0**64) - (1 << 63)
@@ -51,7 +57,9 @@ class Poisson(Source):
         for start in range(0, count, _BLOCK):
             hashes = random.fold_in(key, torch.arange(start, min(start + _BLOCK, count)))
             found.append(np.flatnonzero((hashes < threshold).numpy()) + start)
-        return np.concatenate(found)
+        members = np.concatenate(found)
+        members.setflags(write=False)
+        return members
 
     def get(self, i: int, epoch: int) -> Tree:
         indices = self.members(i, epoch)
@@ -62,6 +70,12 @@ class Poisson(Source):
         weights = torch.zeros(size)
         weights[: len(indices)] = 1.0
         return rows, weights
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        for i in indices.tolist():
+            members = self.members(i, epoch)
+            if members.size:
+                self.source.announce(members, epoch)
 
     def facts(self) -> dict[str, str]:
         expected = self.rate * len(self.source)

@@ -1,23 +1,31 @@
-"""Loading ahead: one thread that has the next elements ready, and changes nothing else."""
+"""Loading ahead: threads that have the next elements ready, and change nothing else."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from queue import Empty, SimpleQueue
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from functrain.core.errors import ArgumentError
-from functrain.core.explain import Stage
+from functrain.core.explain import Stage, readable
 from functrain.core.tree import Tree
+from functrain.data.budget import Account, Budget
+from functrain.data.foreign import Iterated
+from functrain.data.loads import announced, following, opener, parcelled, positioned
 from functrain.data.source import Source
+from functrain.data.streams import Load, Stream
+from functrain.data.transfer import Transfer, checked_device
+from functrain.data.turns import PlannedTurns, Turns
+from functrain.data.waits import Stats
 
 
-def prefetch(source: Source | Iterable[Tree], depth: int = 4) -> Prefetch:
+def prefetch(
+    source: Source | Iterable[Tree],
+    depth: int = 4,
+    *,
+    workers: int = 1,
+    memory: int | str | Budget | None = None,
+    device: Any = None,
+) -> Prefetch:
     """Load the next `depth` elements of a source, or of any iterable, in a thread, while the last one is worked on.
 
     Inside its `with` block it gives the same elements in the same order, one epoch of them; of a source,
@@ -25,36 +33,55 @@ def prefetch(source: Source | Iterable[Tree], depth: int = 4) -> Prefetch:
     elements are loaded, or being loaded, at any time, and taking one starts the next load. One stream is open
     at a time: opening the next ends the one before. A source's error is raised at the element it belongs to,
     and ends the stream. Threads may share a stream: each element, and the error, goes to one of them. Leaving the
-    block, in whatever way, waits for the load under way and ends the thread.
+    block, in whatever way, waits for the loads under way and ends the threads.
 
-    Raises `ArgumentError` for a depth below 1, for anything that is no iterable, for deferred batches (which workers
-    read), and outside a `with` block.
+    - `workers`: threads that load, at most `depth`; more than one needs a source whose elements can be read in any order.
+    - `memory`: bytes that elements may hold which are loaded and not yet taken: an int, "256 MiB", or an `ft.Budget` that
+      the source has too (`ft.hdf5(…, memory=budget)`). A load waits until there is room for an element as large as the
+      last one; one element may always be there, however large.
+    - `device`: where elements are copied to. On a GPU from pinned memory, on a stream of their own: the copy overlaps with
+      what is computed, and work on an element begins when its copy is done.
+
+    A source that can begin ahead (`ft.hdf5(…, threads=4)`) is told of all elements that may be loaded (`Source.announce`).
+    `batches.stats` says who waits for whom: `print(batches.stats)`.
+
+    Raises `ArgumentError` for a depth or workers below 1, more workers than `depth` or than one for an iterable, a memory that
+    is no size, a device that is not there, anything that is no iterable, deferred batches (which workers read), and outside a
+    `with` block.
 
     >>> import functrain as ft, torch
     >>> with ft.prefetch(ft.arrays(torch.arange(5)).batch(2), depth=4) as batches:
     ...     print([b.tolist() for b in batches], [b.tolist() for b in batches.between(2, 5)])
     [[0, 1], [2, 3], [4]] [[4], [0, 1], [2, 3]]
     """
-    return Prefetch(source, depth)
+    return Prefetch(source, depth, workers=workers, memory=memory, device=device)
 
 
 class Prefetch:
     """Elements of `source`, loaded ahead; see `prefetch`. `length` is that of the source, None where not known."""
 
-    def __init__(self, source: Source | Iterable[Tree], depth: int = 4) -> None:
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ArgumentError(f"depth must be an int of at least 1, got {depth!r}")
-        if not isinstance(source, (Source, Iterable)):
-            raise ArgumentError(f"prefetch takes a source or an iterable, got {type(source).__name__}")
-        if isinstance(source, Source) and source.deferring:
-            raise ArgumentError(
-                "the batches of this source are deferred: workers read them, so there is nothing to load ahead. Use the source "
-                "as it is (an Experiment with depth=0), or have it read whole, ahead: prefetch(source.drawn())"
-            )
-        self.source, self.depth = source, depth
+    def __init__(
+        self,
+        source: Source | Iterable[Tree],
+        depth: int = 4,
+        *,
+        workers: int = 1,
+        memory: int | str | Budget | None = None,
+        device: Any = None,
+    ) -> None:
+        for name, value in (("depth", depth), ("workers", workers)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name} must be an int of at least 1, got {value!r}")
+        if workers > depth:
+            raise ArgumentError(f"at most depth={depth} elements are loaded at a time, so by as many workers: got {workers}")
+        _check_source(source, workers)
+        self.source, self.depth, self.workers = source, depth, workers
+        self.memory = None if memory is None else Budget.of(memory)
+        self.device = None if device is None else checked_device(device)
         self.length: int | None = source.length if isinstance(source, Source) else None
         self._entered = False
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
+        self._before: Stats | None = None
 
     def __enter__(self) -> Prefetch:
         if self._entered:
@@ -66,7 +93,7 @@ class Prefetch:
         self.close()
 
     def close(self) -> None:
-        """End the thread, after the load under way; safe at any time, and more than once."""
+        """End the threads, after the loads under way; safe at any time, and more than once."""
         self._entered = False
         if self._stream is not None:
             self._stream.close("the `with` block of this prefetch has ended")
@@ -80,7 +107,7 @@ class Prefetch:
         if items is self.source and self._stream is not None and self._stream.alive:
             # An iterator cannot begin again: elements that are loaded already would be lost to a new stream.
             return self._stream
-        return self._open(items.__next__)
+        return self._open(following(items))
 
     def between(self, start: int = 0, stop: int | None = None) -> Iterator[Tree]:
         """The elements at positions start … stop−1 of `source.repeat()`; without end unless `stop` is given."""
@@ -92,138 +119,71 @@ class Prefetch:
         if start == stop:
             return iter(())
         endless = self.source if self.source.length is None else self.source.repeat()
-        places = itertools.count(start) if stop is None else iter(range(start, stop))
-        # A generator, and not map(): it turns a StopIteration that a source lets slip into an error.
-        return self._open((endless.get(place, 0) for place in places).__next__)
+        count = None if stop is None else stop - start
+        return self._open(positioned(endless, start, count), endless, start, count)
 
     def _check(self) -> None:
         if not self._entered:
             raise ArgumentError("prefetch loads in a thread, which has to end: use it as `with prefetch(source) as batches:`")
 
-    def _open(self, load: Callable[[], Tree]) -> _Stream:
+    def _open(self, load: Load, source: Source | None = None, start: int = 0, count: int | None = None) -> Stream:
         if self._stream is not None:
             self._stream.close("another stream of this prefetch was opened since: make a prefetch for each")
-        self._stream = _Stream(load, self.depth)
+            self._before, self._stream = self.stats, None
+        heeding = source if source is not None and source.heeding else None
+        if self.memory is None and self.device is None and heeding is None:
+            self._stream = Stream(load, Turns(self.depth), self.workers)
+            return self._stream
+        account = None if self.memory is None else Account(self.memory)
+        turns = PlannedTurns(self.depth, count, account)
+        if heeding is not None:
+            load = announced(load, heeding, start, turns)
+        if self.memory is None and self.device is None:
+            self._stream = Stream(load, turns, self.workers)
+            return self._stream
+        transfer = None if self.device is None else Transfer(self.device)
+        load = parcelled(load, turns, transfer)
+        self._stream = Stream(load, turns, self.workers, opener(account, transfer), account.settle if account else None)
         return self._stream
 
+    @property
+    def stats(self) -> Stats:
+        """What was done since the block began, and who waited for whom."""
+        now = self._stream.stats() if self._stream is not None else Stats(workers=self.workers)
+        return now if self._before is None else self._before.plus(now)
+
     def explain(self) -> Stage:
-        """What is loaded, and how far ahead."""
+        """What is loaded, how far ahead, by how many threads, and what was waited for."""
+        facts = {
+            "depth": f"{self.depth} elements loaded or being loaded at any time",
+            "workers": "1 thread" if self.workers == 1 else f"{self.workers} threads",
+        }
+        if self.memory is not None:
+            facts["memory"] = f"loaded and not yet taken: at most {readable(self.memory.limit)}, or one element"
+        if self.device is not None:
+            facts["device"] = str(self.device)
+        if self.stats.items:
+            facts["so far"] = str(self.stats)
         known = isinstance(self.source, Source)
         inner = [self.source.explain()] if isinstance(self.source, Source) else []
-        facts = {"depth": f"{self.depth} elements loaded or being loaded at any time", "thread": "one"}
         return Stage("prefetch", facts if known else {**facts, "of": type(self.source).__name__}, inner)
 
 
-class _End:
-    """The last thing in a stream: `whole` if all elements came before it, else with the error that cut it short, if any."""
-
-    def __init__(self, whole: bool, error: BaseException | None = None) -> None:
-        self.whole, self.error = whole, error
-
-
-class _Stream(Iterator[Tree]):
-    """Elements on their way from the loading thread.
-
-    `free` holds a token for each load that may begin, `ready` what was loaded. Both are C queues, whose waiting
-    side sleeps on a lock. What a cheap element costs is its share of two switches between threads for every
-    `depth` elements. At depth 4 that was 3.4 µs pinned to one core; free on two shared cores 2 to 4 µs in most runs,
-    12 in some, and up to 32 in single ones.
-    """
-
-    def __init__(self, load: Callable[[], Tree], depth: int) -> None:
-        self._ready: SimpleQueue[Any] = SimpleQueue()
-        self._free: SimpleQueue[bool] = SimpleQueue()
-        self._closed = threading.Event()
-        self._over: str | None = None
-        self._done = False
-        self._pid = os.getpid()
-        for _ in range(depth):
-            self._free.put(True)
-        arguments = (load, self._ready, self._free, self._closed)
-        self._thread = threading.Thread(target=_produce, args=arguments, name="functrain-prefetch", daemon=False)
-        self._thread.start()
-        weakref.finalize(self, _let_go, self._free, self._closed).atexit = False
-
-    @property
-    def alive(self) -> bool:
-        """Whether elements may be taken from it."""
-        return self._over is None
-
-    def __next__(self) -> Tree:
-        if self._done:
-            raise StopIteration
-        if self._over is not None:
-            raise ArgumentError(self._over)
-        if os.getpid() != self._pid:
-            raise ArgumentError("this prefetch belongs to the process that opened it: open one after the fork")
-        try:
-            item = self._ready.get()
-            self._free.put(True)
-        except BaseException:
-            # Interrupted (Ctrl-C): whether an element was taken cannot be known, so the stream does not go on.
-            self.close("this stream was interrupted: open another, from the position that was reached")
-            raise
-        if item.__class__ is _End:
-            return self._finish(item)
-        return item
-
-    def _finish(self, end: _End) -> Any:
-        # Other threads may be waiting for an element too: each finds an end, and puts one back for the next.
-        self._done = self._done or end.whole or end.error is not None
-        self._ready.put(_End(end.whole))
-        self._thread.join()
-        if end.error is not None:
-            raise end.error
-        if not self._done:
-            raise ArgumentError(self._over or "this stream was cut short: the main thread has ended")
-        raise StopIteration
-
-    def close(self, reason: str = "this stream was closed: open another") -> None:
-        """End the thread and drop what was loaded; taking, or waiting to take, is an error from now on."""
-        if self._over is None:
-            self._over = reason
-        _let_go(self._free, self._closed)
-        if os.getpid() == self._pid:
-            try:
-                self._thread.join()
-            except KeyboardInterrupt:
-                # The thread still ends with the load under way; a second interrupt leaves it to do so alone.
-                self._thread.join()
-                raise
-            # Emptied, and not replaced: other threads may be waiting at it.
-            with suppress(Empty):
-                while True:
-                    self._ready.get_nowait()
-            self._ready.put(_End(False))
-        else:
-            self._ready = SimpleQueue()
+def _check_source(source: Any, workers: int) -> None:
+    if not isinstance(source, (Source, Iterable)):
+        raise ArgumentError(f"prefetch takes a source or an iterable, got {type(source).__name__}")
+    if workers > 1 and _sequential(source):
+        raise ArgumentError(
+            f"{workers} workers need elements that can be read in any order: an iteration gives one after the other, workers=1"
+        )
+    if isinstance(source, Source) and source.deferring:
+        raise ArgumentError(
+            "the batches of this source are deferred: workers read them, so there is nothing to load ahead. Use the source "
+            "as it is (an Experiment with depth=0), or have it read whole, ahead: prefetch(source.drawn())"
+        )
 
 
-def _produce(load: Callable[[], Tree], ready: SimpleQueue[Any], free: SimpleQueue[bool], closed: threading.Event) -> None:
-    # Holds no reference to the stream, so that a stream that is forgotten can be let go of.
-    end = _End(False)
-    try:
-        while _turn(free) and not closed.is_set():
-            ready.put(load())
-    except StopIteration:
-        end = _End(True)
-    except BaseException as problem:
-        end = _End(False, problem)
-    finally:
-        ready.put(end)
-
-
-def _let_go(free: SimpleQueue[bool], closed: threading.Event) -> None:
-    closed.set()
-    free.put(False)
-
-
-def _turn(free: SimpleQueue[bool]) -> bool:
-    """Wait until a load may begin; False where none should any more."""
-    while True:
-        try:
-            return free.get(timeout=1.0)
-        except Empty:
-            # A program that ends inside its `with` block must not wait for a thread that nobody will wake.
-            if not threading.main_thread().is_alive():
-                return False
+def _sequential(source: Any) -> bool:
+    if not isinstance(source, Source) or isinstance(source, Iterated):
+        return True
+    return any(_sequential(inner) for inner in source.inner)

@@ -1,22 +1,20 @@
-"""The base of every source: a pure function from a position to an element, with a length."""
+"""A source: a pure function from a position to an element, with a length, and the sources that can be made of it."""
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from functrain.core import tree
-from functrain.core.errors import ArgumentError, PositionError, TreeError
-from functrain.core.explain import Stage
+from functrain.core.errors import ArgumentError
 from functrain.core.tree import Tree
-from functrain.data.runs import Runs
+from functrain.data.arguments import integer, ranked
+from functrain.data.positions import Positions
+
+if TYPE_CHECKING:
+    from functrain.data.order import Shuffle
 
 
-class Source:
+class Source(Positions):
     """A pure function from position to element, with a length: `source(i)` is the same for ever.
 
     Elements are trees of tensors. Order, shuffling, sharding and splitting are arithmetic on positions: each
@@ -33,79 +31,11 @@ class Source:
     - `length`: the number of elements of one epoch; None without end.
     - `get(i, epoch)`: element i in an epoch, for 0 ≤ i < length; nothing that the caller does to it may come back.
     - `take(indices, epoch)`: the elements at `indices` (int64, at least one), stacked along a new first dimension.
+
+    A source is a `torch.utils.data.Dataset` too: a DataLoader takes it, and then says in which order.
     """
 
-    length: int | None
-
-    def get(self, i: int, epoch: int) -> Tree:
-        """Element i of an epoch, unchecked: what a source has to define."""
-        raise NotImplementedError(f"{type(self).__name__} has to define get(i, epoch)")
-
-    def take(self, indices: np.ndarray, epoch: int) -> Tree:
-        """The elements at `indices` in an epoch, stacked; a source that can read them at once defines this too."""
-        return stacked([self.get(i, epoch) for i in indices.tolist()])
-
-    def announce(self, indices: np.ndarray, epoch: int) -> None:
-        """The elements at `indices` will be taken soon: begin with what can be done ahead. Never waits; nothing by default."""
-
-    def runs(self) -> Runs | None:
-        """Which neighbours are cheapest read together; None where each element lies alone."""
-        return None
-
-    # What it stands on, for explain() and to know whether its order changes with the epoch.
     inner: Sequence[Source] = ()
-
-    @property
-    def steady(self) -> bool:
-        """Whether every epoch has the same elements in the same order."""
-        return all(source.steady for source in self.inner)
-
-    @property
-    def deferring(self) -> bool:
-        """Whether elements are `Deferred`: a source of your own that gives such sets it to True."""
-        return any(source.deferring for source in self.inner)
-
-    def explain(self) -> Stage:
-        """What this source reads, in which order, and what it stands on."""
-        return Stage(type(self).__name__.lower(), self.facts(), [source.explain() for source in self.inner])
-
-    def facts(self) -> dict[str, str]:
-        """The lines of `explain`: the length first."""
-        return {"length": "endless" if self.length is None else f"{self.length:,}"}
-
-    # --- reading ---------------------------------------------------------------------------------------------
-
-    def __call__(self, i: int) -> Tree:
-        """Element i of the first epoch; `PositionError` outside 0 … length−1."""
-        place = operator.index(i)
-        if place < 0 or (self.length is not None and place >= self.length):
-            raise PositionError(self._outside(place))
-        return self.get(place, 0)
-
-    def _outside(self, place: int) -> str:
-        if self.length is None:
-            return f"position {place} is negative: positions count from 0"
-        held = f"positions run from 0 to {self.length - 1}" if self.length else "it has no elements"
-        more = "" if place < 0 else "; source.repeat() goes on with the next epoch"
-        return f"position {place} lies outside a source of length {self.length}: {held}{more}"
-
-    def __len__(self) -> int:
-        if self.length is None:
-            raise ArgumentError("this source has no end, so no len(): see source.length, which is None")
-        return self.length
-
-    def __bool__(self) -> bool:
-        return self.length != 0
-
-    def __iter__(self) -> Iterator[Tree]:
-        """The elements of one epoch, in order."""
-        for place in itertools.count() if self.length is None else range(self.length):
-            yield self.get(place, 0)
-
-    def __repr__(self) -> str:
-        return f"<source {self.explain().title}, length {'endless' if self.length is None else self.length}>"
-
-    # --- new sources from this one ---------------------------------------------------------------------------
 
     def epoch(self, epoch: int) -> Source:
         """The source as it is in one epoch: another epoch of a shuffled source is another order."""
@@ -113,8 +43,13 @@ class Source:
 
         return Epoch(self, integer("epoch", epoch, 0))
 
-    def shuffle(self, seed: int | None = None) -> Source:
+    def shuffle(self, seed: int | None = None, within: int | str | None = None) -> Shuffle:
         """The same elements in an order drawn from `seed`, a new one each epoch; nothing is stored or read.
+
+        With `within`, a number of bytes such as "256 MiB", chunks are shuffled, and elements within blocks of as many chunks
+        as that holds: each is decoded once an epoch, if the file's `memory=` has room for two blocks. The order follows
+        from `within` and the chunks too. `.quality` says how near to a full shuffle that is (1): how much more often, in
+        parts of 1, the next element comes from the same chunk. Where each element lies alone it is the full shuffle.
 
         Any int is a seed; `ArgumentError` without one, and for a source without end.
 
@@ -123,11 +58,11 @@ class Source:
         >>> sorted(int(x) for x in source), [int(x) for x in source] == [int(x) for x in source.epoch(1)]
         ([0, 1, 2, 3, 4, 5], False)
         """
-        from functrain.data.order import Shuffle
+        from functrain.data.blocks import shuffled
 
         if seed is None:
             raise ArgumentError("shuffle needs a seed, so that the order can be had again: source.shuffle(seed=0)")
-        return Shuffle(self.finite("shuffle"), integer("seed", seed))
+        return shuffled(self.finite("shuffle"), integer("seed", seed), within)
 
     def batch(self, size: int, drop_last: bool = False) -> Source:
         """`size` neighbours at a time, stacked to `(size, …)`; the last batch has what is left, or is dropped.
@@ -169,7 +104,9 @@ class Source:
     def shard(self, rank: int, size: int) -> Source:
         """Every `size`-th element from `rank` on: the shards of all ranks are disjoint and cover the source.
 
-        Lengths differ by at most one. Raises `ArgumentError` for a rank outside 0 … size−1.
+        Lengths differ by at most one. For what ranks do apart (evaluation, searches). Ranks that step together take
+        `.batch(n).part(rank, size)`: as many steps each, and positions that hold when their number changes. Raises
+        `ArgumentError` for a rank outside 0 … size−1.
 
         >>> import functrain as ft, torch
         >>> [int(x) for x in ft.arrays(torch.arange(5)).shard(1, 2)]
@@ -177,16 +114,30 @@ class Source:
         """
         from functrain.data.order import Shard
 
-        size = integer("size", size, 1)
-        rank = integer("rank", rank, 0)
-        if rank >= size:
-            raise ArgumentError(f"rank must lie in 0 … {size - 1}, got {rank} of size {size}")
-        return Shard(self, rank, size)
+        return Shard(self, *ranked(rank, size))
 
-    def split(self, *fractions: float, seed: int | None = None) -> tuple[Source, ...]:
+    def part(self, rank: int, size: int) -> Source:
+        """Of every batch, the contiguous rows of one rank: position i is batch i for all, however many ranks there are.
+
+        All ranks have equally many steps, their parts together are each batch once, and sizes differ by at most one row: a
+        run that goes on with another number of ranks, also within an epoch, loses and repeats nothing. Raises
+        `ArgumentError` for anything but what `.batch` gives (deferred or not), and a last batch of fewer rows than ranks.
+
+        >>> import functrain as ft, torch
+        >>> batches = ft.arrays(torch.arange(8)).batch(4)
+        >>> [[b.tolist() for b in batches.part(rank, 3)] for rank in range(3)]
+        [[[0, 1], [4, 5]], [[2], [6]], [[3], [7]]]
+        """
+        from functrain.data.parts import part
+
+        return part(self, rank, size)
+
+    def split(self, *fractions: float, seed: int | None = None, groups: Any = None) -> Sequence[Source]:
         """Disjoint parts that hold these fractions of the elements, and one more for what is left to 1.
 
-        Parts are contiguous, or with a `seed` drawn at random, once for all epochs. Raises `ArgumentError` for
+        Parts are contiguous, or with a `seed` drawn at random, once for all epochs. `groups` `(n,)`, ints or strings, names
+        each element's group (patient, file, episode): all of a group goes to one part, the parts' sizes are as near to
+        the fractions as exchanging groups brings them, and elements keep their order. Raises `ArgumentError` for
         fractions that sum to more than 1, a part without elements, and for a shuffled source, whose elements
         would pass from one part into another between epochs: split first, then shuffle.
 
@@ -197,7 +148,7 @@ class Source:
         """
         from functrain.data.order import split
 
-        return split(self.finite("split"), fractions, None if seed is None else integer("seed", seed))
+        return split(self.finite("split"), fractions, None if seed is None else integer("seed", seed), groups)
 
     def windows(self, size: int, stride: int | None = None) -> Source:
         """Sequences of `size` neighbours, one every `stride` (default: `size`), stacked to `(size, …)`.
@@ -212,6 +163,22 @@ class Source:
 
         size = integer("size", size, 1)
         return Windows(self.undeferred("windows"), size, size if stride is None else integer("stride", stride, 1))
+
+    def padded(self, size: int, value: float = 0, cut: bool = False) -> Source:
+        """Elements of different lengths as `(tree of (size, …), mask)`: filled up with `value` where `mask` is False.
+
+        `mask` is `(size,)` bool. All leaves `(T, …)` of an element have its length T; numbers `()` stay as they are. Longer
+        elements lose what is beyond `size` if `cut`, and are a `TreeError` otherwise, as are leaves whose lengths differ.
+        Raises `ArgumentError` for a size below 1 and a value that is no number; `TreeError` where a dtype cannot hold it.
+
+        >>> import functrain as ft, torch
+        >>> steps, mask = ft.ragged(torch.arange(5), [0, 3, 5]).padded(4, value=-1).batch(2)(0)
+        >>> steps.tolist(), mask.sum(1).tolist()
+        ([[0, 1, 2, -1], [3, 4, -1, -1]], [3, 2])
+        """
+        from functrain.data.padded import Padded
+
+        return Padded(self.undeferred("padded"), integer("size", size, 1), value, cut)
 
     def repeat(self, epochs: int | None = None) -> Source:
         """Epoch after epoch: position p is element p mod L of epoch p // L; without end unless `epochs` is given.
@@ -265,6 +232,20 @@ class Source:
 
         return Balanced(self.finite("balanced"), labels, integer("seed", seed), length)
 
+    def weighted(self, weights: Any, seed: int, length: int | None = None) -> Source:
+        """Elements drawn with replacement, element i with probability weights[i] / Σ weights, by seed, epoch and position.
+
+        `weights` `(n,)`, at least 0, one for each element; an epoch has n draws, or `length`; 16 bytes an element. Raises
+        `ArgumentError` for weights that do not fit or are all 0, and a source that is empty, endless or shuffled already.
+
+        >>> import functrain as ft, torch
+        >>> [int(x) for x in ft.arrays(torch.arange(3)).weighted([3, 0, 1], seed=0, length=8)]
+        [0, 0, 0, 2, 0, 0, 0, 0]
+        """
+        from functrain.data.weighted import Weighted
+
+        return Weighted(self.finite("weighted"), weights, integer("seed", seed), length)
+
     def poisson(self, rate: float, seed: int, pad: int = 64) -> Source:
         """Poisson-subsampled batches, as privacy accounting assumes: each element is in each with probability `rate`.
 
@@ -283,42 +264,3 @@ class Source:
         from functrain.data.poisson import Poisson
 
         return Poisson(self.undeferred("poisson").finite("poisson"), rate, integer("seed", seed), integer("pad", pad, 1))
-
-    def undeferred(self, purpose: str) -> Source:
-        """This source; `ArgumentError` if its batches are deferred, where `purpose` needs examples."""
-        if self.deferring:
-            raise ArgumentError(
-                f"{purpose} needs examples, and these batches are deferred: {purpose} first, then .batch(…).deferred(); "
-                "or have them read whole, source.drawn()"
-            )
-        return self
-
-    def finite(self, purpose: str) -> Source:
-        """This source; `ArgumentError` if it has no end, which `purpose` needs."""
-        if self.length is None:
-            raise ArgumentError(f"{purpose} needs a source with an end: {purpose} first, then repeat()")
-        return self
-
-
-def stacked(elements: list[Tree]) -> Tree:
-    """Elements as one tree with a new first dimension; `TreeError` that says so where they do not fit together."""
-    try:
-        return tree.stack(elements)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise TreeError(
-            f"elements of different shape, dtype or structure cannot be stacked: {error}. Make them alike with "
-            ".map(fn), or drop a ragged last batch with .batch(size, drop_last=True)"
-        ) from error
-
-
-def integer(name: str, value: Any, least: int | None = None) -> int:
-    """The argument `name` as an int; `ArgumentError` where it is none, or less than `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise ArgumentError(f"{name} must be an int, got {value!r}")
-    if least is not None and number < least:
-        raise ArgumentError(f"{name} must be at least {least}, got {number}")
-    return number

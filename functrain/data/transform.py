@@ -12,7 +12,9 @@ from torch import Tensor
 from functrain.core import tree
 from functrain.core.errors import ArgumentError, TreeError
 from functrain.core.tree import Tree
-from functrain.data.source import Source, stacked
+from functrain.data.runs import Runs
+from functrain.data.source import Source
+from functrain.data.stacking import stacked
 
 
 class Batch(Source):
@@ -24,8 +26,13 @@ class Batch(Source):
         self.rest = 0 if rows is None else rows % size
         self.length = None if rows is None else rows // size if drop_last else -(-rows // size)
         self.dropped = self.rest if drop_last else 0
+        self._ragged = self.rest > 0 and not drop_last
         if rows and not self.length:
             raise ArgumentError(f"drop_last leaves no batch: {rows} elements, batches of {size}")
+
+    @property
+    def ragged(self) -> bool:
+        return self._ragged
 
     def places(self, i: int) -> range:
         """Where in the inner source the elements of batch i stand."""
@@ -41,9 +48,14 @@ class Batch(Source):
         if rows is not None and (int(indices.max()) + 1) * self.size > rows:
             return super().take(indices, epoch)
         # Whole batches: one read for all of them.
-        places = (indices[:, None] * self.size + np.arange(self.size)).reshape(-1)
-        shape = (len(indices), self.size)
+        first = self.places(0)
+        places = (indices[:, None] * self.size + np.arange(first.start, first.stop)).reshape(-1)
+        shape = (len(indices), len(first))
         return tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self.source.take(places, epoch))
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        ranges = [self.places(i) for i in indices.tolist()]
+        self.source.announce(np.concatenate([np.arange(each.start, each.stop) for each in ranges]), epoch)
 
     def facts(self) -> dict[str, str]:
         count = {"batches": "endless" if self.length is None else f"{self.length:,} of {self.size}"}
@@ -55,6 +67,9 @@ class Batch(Source):
 class Map(Source):
     """A function of every element."""
 
+    # What a function makes of elements is not known before it is called.
+    ragged = True
+
     def __init__(self, source: Source, fn: Callable[[Any], Tree]) -> None:
         self.source, self.inner, self.length, self.fn = source, (source,), source.length, fn
 
@@ -62,9 +77,17 @@ class Map(Source):
         return tree.map(as_tensor, self.fn(self.source.get(i, epoch)))
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        return stacked(self.elements(indices, epoch))
+
+    def elements(self, indices: np.ndarray, epoch: int) -> list[Tree]:
         # One read below; the function sees one element at a time, as it does in `get`.
-        elements = tree.unstack(self.source.take(indices, epoch))
-        return stacked([tree.map(as_tensor, self.fn(element)) for element in elements])
+        return [tree.map(as_tensor, self.fn(element)) for element in self.source.elements(indices, epoch)]
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        self.source.announce(indices, epoch)
+
+    def runs(self) -> Runs | None:
+        return self.source.runs()
 
     def facts(self) -> dict[str, str]:
         return {**super().facts(), "function": getattr(self.fn, "__qualname__", type(self.fn).__name__)}
@@ -100,3 +123,15 @@ class Zip(Source):
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         return tuple(source.take(indices, epoch) for source in self.inner)
+
+    def elements(self, indices: np.ndarray, epoch: int) -> list[Tree]:
+        return list(zip(*(source.elements(indices, epoch) for source in self.inner)))
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        for source in self.inner:
+            source.announce(indices, epoch)
+
+    def runs(self) -> Runs | None:
+        known = [runs for source in self.inner if (runs := source.runs()) is not None]
+        # The coarser: a run of it costs the most to read in two.
+        return min(known, key=lambda runs: runs.number)._replace(size=sum(runs.size for runs in known)) if known else None

@@ -38,7 +38,7 @@ def test_every_dtype_and_byte_order(tmp_path, dtype, order):
     h5write(tmp_path / "a.h5", {"x": array})
     source = hdf5(tmp_path / "a.h5", "x")
     check_reads(source, array)
-    assert ("mmap" in str(source.explain())) == array.dtype.isnative
+    assert "mmap" in str(source.explain())
     assert source(0).dtype == torch.from_numpy(values(np.dtype(dtype).newbyteorder("="))).dtype
 
 
@@ -53,6 +53,11 @@ def build(name, file, folder):
         file.create_dataset("x", data=array, chunks=(7, 2, 2))
     elif name == "gzip":
         file.create_dataset("x", data=array, chunks=(8, 2, 3), compression="gzip", shuffle=True, fletcher32=True)
+    elif name == "chunks of rows":
+        file.create_dataset("x", data=array, chunks=(7, 2, 3))
+    elif name == "scaleoffset":
+        array = np.arange(array.size).reshape(array.shape)
+        file.create_dataset("x", data=array, chunks=(7, 2, 3), scaleoffset=0)
     elif name == "lzf":
         file.create_dataset("x", data=array, compression="lzf")
     elif name == "compact":
@@ -94,15 +99,17 @@ WAYS = {
     "contiguous": "mmap: contiguous",
     "odd offset": "mmap: contiguous",
     "soft link": "mmap: contiguous",
-    "chunked": "h5py: chunked 7x2x2 with no filter, one element lies in 2 chunks: read through h5py",
-    "gzip": "h5py: chunked 8x2x3 with shuffle+gzip+fletcher32: read through h5py",
-    "lzf": "with lzf",
+    "chunked": "direct: chunked 7x2x2, one element lies in 2 chunks, with no filter, decoded outside HDF5's lock",
+    "chunks of rows": "mmap: chunked 7x2x3 with no filter, mapped into memory",
+    "gzip": "direct: chunked 8x2x3 with shuffle+gzip+fletcher32, decoded",
+    "lzf": "with lzf, decoded",
+    "scaleoffset": "with scaleoffset: read through h5py",
     "compact": "h5py: compact",
     "unallocated": "h5py: not allocated",
     "external": "h5py: stored in an external file",
     "virtual": "h5py: virtual",
     "external link": "mmap: contiguous, mapped into memory from '",
-    "external link to chunks": "h5py: chunked 7x2x3",
+    "external link to chunks": "mmap: chunked 7x2x3",
     "bfloat16": "h5py: stored in a number format that NumPy does not have",
 }
 
@@ -116,7 +123,7 @@ def test_every_layout_is_read_by_its_way(tmp_path, name, userblock):
     with hdf5(path, "x") as source:
         check_reads(source, array)
         assert WAYS[name] in str(source.explain())
-    if "mmap" in WAYS[name]:
+    if "mmap: contiguous" in WAYS[name]:
         mapped = readmmap(path, "x")
         assert isinstance(mapped, np.memmap)
         assert not mapped.flags.writeable
@@ -143,12 +150,10 @@ def test_groups_and_datasets_are_chosen(tmp_path):
     [
         ("strings", h5py.string_dtype(), "string"),
         ("fixed", "S5", "string"),
-        ("vlen", h5py.vlen_dtype("i4"), "variable-length int32"),
-        ("compound", [("a", "i4"), ("b", "f4")], r"compound \(a, b\)"),
-        ("opaque", "V4", "opaque"),
+        ("time", h5py.opaque_dtype("M8[s]"), "datetime64"),
+        ("pairs", h5py.vlen_dtype(np.dtype([("a", "i4"), ("b", "S2")])), "string"),
         ("reference", h5py.ref_dtype, "reference"),
         ("long", np.longdouble, "float128"),
-        ("array", np.dtype(("f4", (3,))), "float32|f4"),
     ],
 )
 def test_dtypes_that_no_tensor_holds_are_refused(tmp_path, name, dtype, kind):
@@ -174,7 +179,7 @@ def test_what_is_missing_or_not_to_be_read_is_named(tmp_path):
         ({"group": "test"}, "has no 'test': '/' holds 'odd', 'train'"),
         ({"group": "train/z"}, "has no 'train/z': 'train' holds 'short', 'x'"),
         ({"group": "no/where"}, "has no 'no/where'"),
-        ({"group": "odd/dangling"}, "has no 'odd/dangling'"),
+        ({"group": "odd/dangling"}, "leads nowhere"),
         ({"group": "train", "datasets": ["z"]}, "'train' holds 'short', 'x'"),
         ({"datasets": ["train"]}, "is a group, not a dataset: it holds 'short', 'x'"),
         ({}, "holds no datasets, but 'odd', 'train': name a group"),
@@ -219,7 +224,7 @@ def test_a_linked_group_is_read_where_the_link_leads(tmp_path, chunks, datasets)
     if chunks is None:
         assert readmmap(path, "train/y").tolist() == [0, 1, 2, 3]
         os.truncate(tmp_path / "other.h5", 2000)
-        with pytest.raises(DataError, match=r"main\.h5' has no 'train'.*truncated"):
+        with pytest.raises(DataError, match=r"other\.h5' is truncated"):
             hdf5(path, "train")
 
 
@@ -231,7 +236,7 @@ def test_a_member_that_cannot_be_opened_is_not_left_out(tmp_path, link):
         file["g/y"] = link
         file["g/deeper/z"] = np.arange(3)
         file["g/kind"] = np.dtype("f4")
-    with pytest.raises(DataError, match=rf"'g/y' in '{path}' cannot be opened .*datasets=\["):
+    with pytest.raises(DataError, match=rf"'g/y' in '{path}' cannot be opened.*datasets=\["):
         hdf5(path, "g")
     assert hdf5(path, "g", datasets=["x"])(3) == {"x": torch.tensor(3)}
     for arguments in ({"group": "g", "datasets": ["kind"]}, {"group": "g/kind"}):
@@ -302,7 +307,7 @@ def test_a_damaged_chunk_names_file_and_dataset(tmp_path):
         raw.write(b"\x12\x34")
     with hdf5(path) as source:
         assert float(source(99)["x"]) == 99.0
-        with pytest.raises(DataError, match=f"dataset 'x' in '{path}' cannot be read"):
+        with pytest.raises(DataError, match=rf"dataset 'x' in '{path}' is damaged: chunk \(3,\), 804 bytes from byte {offset}"):
             source(350)
 
 
@@ -335,10 +340,12 @@ def test_a_source_that_is_forgotten_lets_go_of_the_file(tmp_path):
     h5write(path, {"x": np.arange(100)}, chunks=10)
     source = hdf5(path)
     source(0)
-    handle = next(iter(source._shared.handle._handles.values()))
+    with pytest.raises(OSError, match="open"):
+        h5py.File(path, "r+")
     del source
     gc.collect()
-    assert not handle
+    with h5py.File(path, "r+") as file:
+        assert len(file["x"]) == 100
 
 
 def read_in_child(source, answer):

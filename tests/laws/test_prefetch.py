@@ -1,5 +1,6 @@
 """Law 4: prefetching changes nothing, keeps its bound, shows errors where they happen, and always ends."""
 
+import gc
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functrain.data import Source, arrays, h5write, hdf5, prefetch
+from functrain.data import Budget, Source, arrays, h5write, hdf5, prefetch
 from functrain.data.laws import check_prefetch, same
 
 
@@ -18,14 +19,36 @@ def no_thread_is_left():
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5, 100])
+OPTIONS = [{}, {"workers": 2}, {"workers": 4, "memory": "1 MiB"}, {"memory": "1 MiB", "device": "cpu"}]
+
+
+@pytest.mark.parametrize(
+    ("depth", "options"),
+    [(depth, options) for depth in (1, 2, 5, 100) for options in OPTIONS if options.get("workers", 1) <= depth],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["arrays", "mmap", "chunked", "one"])
-def test_the_law_holds_over_sources(kind, depth, tmp_path):
+def test_the_law_holds_over_sources(kind, depth, options, tmp_path):
     data = {"x": torch.randn(17, 3), "y": torch.arange(17)}
     h5write(tmp_path / "a.h5", data, chunks=4 if kind == "chunked" else None)
     base = arrays(data) if kind == "arrays" else hdf5(tmp_path / "a.h5")
     source = base.shuffle(0).batch(17 if kind == "one" else 3)
-    check_prefetch(source, depth)
+    check_prefetch(source, depth, **options)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_law_holds_over_files_that_are_decoded_ahead(workers, tmp_path):
+    budget = Budget("1 MiB")
+    h5write(tmp_path / "a.h5", {"x": torch.randn(60, 3)}, chunks=4, compression="gzip")
+    with hdf5(tmp_path / "a.h5", threads=2, memory=budget) as file:
+        source = file.shuffle(0).batch(5)
+        assert source.heeding
+        check_prefetch(source, 3, workers=workers, memory=budget)
+    # The file has let go of its chunks, prefetching of its batches.
+    del file, source
+    gc.collect()
+    assert budget.used == 0
+    assert budget.peak <= budget.limit
 
 
 class Failing(Source):
@@ -46,11 +69,13 @@ class Failing(Source):
     start=st.integers(0, 30),
     count=st.integers(0, 30),
     leave=st.integers(0, 30),
+    workers=st.integers(1, 4),
+    memory=st.sampled_from([None, 1, 40, 1000]),
 )
-def test_drawn_streams_are_what_the_source_says(depth, length, failing, start, count, leave):
+def test_drawn_streams_are_what_the_source_says(depth, length, failing, start, count, leave, workers, memory):
     source = Failing(length, failing)
     endless = source.repeat()
-    with prefetch(source, depth) as batches:
+    with prefetch(source, depth, workers=min(workers, depth), memory=memory) as batches:
         stream = batches.between(start, start + count)
         for place in range(start, start + min(count, leave)):
             if place % length == failing:

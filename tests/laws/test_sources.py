@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functrain.data import Source, arrays, h5write, hdf5
+from functrain.data import Source, arrays, h5write, hdf5, mix
 from functrain.data.laws import check_source, same
 from functrain.data.permutation import permuted
 
@@ -52,6 +52,9 @@ COMBINATIONS = {
     "itself": lambda s: s,
     "shuffled": lambda s: s.shuffle(1),
     "shuffled twice": lambda s: s.shuffle(1).shuffle(1),
+    "shuffled within": lambda s: s.shuffle(1, within=300),
+    "mixed": lambda s: mix([s.shuffle(1, within=300), s], seed=1).batch(6),
+    "part of batches": lambda s: s.shuffle(1).batch(5).part(1, 3),
     "an epoch": lambda s: s.shuffle(1).epoch(3),
     "sharded": lambda s: s.shuffle(1).shard(1, 3),
     "an empty shard": lambda s: s.shard(LENGTH, LENGTH + 1),
@@ -86,7 +89,10 @@ def test_every_combination_is_a_source(base, combination, files):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("combination", ["itself", "batched", "zipped", "windows that overlap", "windows shuffled"])
+@pytest.mark.parametrize(
+    "combination",
+    ["itself", "batched", "zipped", "shuffled within", "mixed", "windows that overlap", "windows shuffled"],
+)
 def test_every_base_is_a_source(base, combination, files):
     check_source(COMBINATIONS[combination](BASES[base](files)))
 

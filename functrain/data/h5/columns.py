@@ -2,31 +2,125 @@
 
 from __future__ import annotations
 
-import numpy as np
+import functools
+from collections.abc import Callable, Sequence
 
-from functrain.core.errors import DataError
+import numpy as np
+from torch import Tensor
+
+from functrain.core.errors import DataError, TreeError
 from functrain.core.tree import Tree
-from functrain.data.h5.readers import Reader
+from functrain.data.h5.layout import Layout
+from functrain.data.h5.packed import Packing
 from functrain.data.rows import readable, tensor
+
+Convert = Callable[[np.ndarray], Tree]
 
 
 class Column:
-    """One dataset of a source; raises `DataError` for a dtype that no tensor can hold."""
+    """What becomes of the rows of a dataset, or of a field of it; `DataError` for a dtype that no tensor can hold.
 
-    def __init__(self, reader: Reader, where: str) -> None:
-        self.reader = reader
-        if not readable(reader.layout.dtype):
-            raise DataError(
-                f"{where} has dtype {kind(reader.layout.dtype)}, which no tensor can hold: choose others with datasets=[…], "
-                "or write its numbers as bool, int, float or complex"
-            )
+    `ragged` says whether rows have lengths of their own.
+    """
 
-    def rows(self, where: slice | np.ndarray) -> Tree:
-        """The rows as tensors `(K, …)`."""
-        return tensor(self.reader.rows(where))
+    def __init__(self, layout: Layout, where: str, fields: Sequence[str] = (), packing: Packing | None = None) -> None:
+        self.layout, self.fields, self.packing = layout, tuple(fields), packing
+        dtype = layout.dtype
+        for field in fields:
+            dtype, where = dtype.base[field], f"field {field!r} of {where}"
+        self._base = base = _sequence(dtype)
+        self.ragged = base is not None
+        if base is not None and layout.row_shape:
+            raise DataError(f"{where} has shape {layout.shape}: sequences of variable length are read one to a sample, (N,)")
+        if base is not None and fields:
+            raise _refused(where, dtype)
+        self._convert = _converter(dtype if base is None else base, where)
+
+    def tensors(self, rows: np.ndarray) -> Tree:
+        """Rows of the dataset as tensors `(K, …)`; those of a ragged column must have one length, or are a `TreeError`."""
+        if self.ragged:
+            lengths = {len(row) for row in rows}
+            if len(lengths) > 1:
+                raise TreeError(
+                    f"dataset {self.layout.name!r} has sequences of {min(lengths)} … {max(lengths)} numbers, which cannot be "
+                    f"stacked: .padded({max(lengths)}) makes them alike, with a mask, before .batch"
+                )
+            return self._convert(np.stack([self._numbers(row) for row in rows]))
+        for field in self.fields:
+            rows = rows[field]
+        if self.packing is not None:
+            rows = self.packing.unpacked(rows)
+        return self._convert(_apart(rows) if self.fields else rows)
+
+    def each(self, rows: np.ndarray) -> list[Tree]:
+        """Rows of a ragged column, one by one: `(T_i,)`."""
+        return [self._convert(self._numbers(row)) for row in rows]
+
+    def _numbers(self, row: np.ndarray) -> np.ndarray:
+        base = self._base
+        if base is not None and not base.isnative and _swapped():
+            row = row.view(base)
+        return row.copy()
+
+    def blank(self) -> Tree:
+        """What no rows of it become: structure, dtypes and shapes."""
+        if self._base is not None:
+            return self._convert(np.empty((0, 0), self._base))
+        return self.tensors(np.empty((0, *self.layout.row_shape), self.layout.dtype))
 
     def __str__(self) -> str:
-        return str(self.reader.layout)
+        field = f", field {'/'.join(self.fields)}" if self.fields else ""
+        return field + ("" if self.packing is None else f", {self.packing}")
+
+
+def _sequence(dtype: np.dtype) -> np.dtype | None:
+    """The dtype of the numbers in a dataset of sequences; None for any other."""
+    import h5py
+
+    base = None if h5py.check_string_dtype(dtype) is not None else h5py.check_vlen_dtype(dtype)
+    return np.dtype(base) if base is not None else None
+
+
+@functools.cache
+def _swapped() -> bool:
+    """Whether h5py hands out sequences of the other byte order as if they were native, with their bytes swapped (3.16 does)."""
+    import h5py
+
+    with h5py.File("probe", "w", driver="core", backing_store=False) as file:
+        dataset = file.create_dataset("x", (1,), h5py.vlen_dtype(np.dtype(np.uint16).newbyteorder()))
+        dataset[0] = np.ones(1, np.uint16)
+        return int(dataset[0][0]) != 1
+
+
+def _converter(dtype: np.dtype, where: str) -> Convert:
+    if dtype.names:
+        each = {name: _converter(dtype[name], f"field {name!r} of {where}") for name in dtype.names}
+        return lambda rows: {name: convert(_apart(rows[name])) for name, convert in each.items()}
+    if dtype.subdtype is not None:
+        # The rows of such a field have its dimensions already.
+        return _converter(dtype.subdtype[0], where)
+    if readable(dtype):
+        return tensor
+    if dtype.kind == "V" and dtype.itemsize:
+        return _bytes
+    raise _refused(where, dtype)
+
+
+def _apart(field: np.ndarray) -> np.ndarray:
+    """The numbers of a field side by side: torch refuses the steps of a record, even where there is but one row."""
+    return field if field.dtype.names else field.copy()
+
+
+def _bytes(rows: np.ndarray) -> Tensor:
+    """Opaque elements of n bytes as `(…, n)`."""
+    return tensor(np.ascontiguousarray(rows).reshape(*rows.shape, 1).view(np.uint8))
+
+
+def _refused(where: str, dtype: np.dtype) -> DataError:
+    return DataError(
+        f"{where} has dtype {kind(dtype)}, which no tensor can hold: choose others with datasets=[…] (fields as "
+        "'table/field'), or write its numbers as bool, int, float or complex"
+    )
 
 
 def kind(dtype: np.dtype) -> str:

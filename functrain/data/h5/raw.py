@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
 
 from functrain.core.errors import DataError
 
@@ -32,7 +36,8 @@ class LocalBytes:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # Not waiting: a FIFO may have taken the file's place.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise DataError(f"{path!r} cannot be opened: {error}") from error
 
@@ -54,7 +59,34 @@ class LocalBytes:
             raise DataError(f"{self.path!r} cannot be read at byte {offset}: {error}") from error
         return data
 
+    def fill(self, offset: int, buffer: np.ndarray) -> None:
+        """Exactly the bytes from `offset` that `buffer`, uint8, has room for: without memory of their own."""
+        try:
+            got = os.preadv(self._descriptor, [buffer.data], offset)
+        except OSError as error:
+            raise DataError(f"{self.path!r} cannot be read at byte {offset}: {error}") from error
+        if got < len(buffer):
+            buffer[got:] = np.frombuffer(self.read(offset + got, len(buffer) - got), np.uint8)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is that of a file elsewhere, for fsspec to find.
+
+    >>> is_url("s3://bucket/a.h5"), is_url("/data/a.h5")
+    (True, False)
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://", path) is not None
+
+
+def open_bytes(path: str, storage: Mapping[str, Any] | None = None) -> Bytes:
+    """The bytes of the file at a path or URL; `storage` has the options for a URL."""
+    if not is_url(path):
+        return LocalBytes(path)
+    from functrain.data.h5.remote import RemoteBytes
+
+    return RemoteBytes(path, storage)

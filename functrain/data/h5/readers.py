@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
+from functrain.data.budget import Budget
+from functrain.data.h5.chunked import Chunked, Direct, differing
 from functrain.data.h5.files import Handle
+from functrain.data.h5.growing import Growing
 from functrain.data.h5.layout import Layout
-from functrain.data.h5.mapped import Map, Mapped
+from functrain.data.h5.mapped import Map, Mapped, MappedChunks
+from functrain.data.h5.pool import Pool
+from functrain.data.h5.raw import Bytes, LocalBytes
 from functrain.data.h5.through import Through
 
 
@@ -32,20 +39,62 @@ class Reader(Protocol):
 
 
 class Readers:
-    """The readers of one file's datasets, with what they share: the map of the file, the handle of each process."""
+    """The readers of one file's datasets, with what they share.
 
-    def __init__(self, path: str) -> None:
-        self.handle = Handle(path)
+    That is the bytes and the map of the file, the handle of each process, the budget of bytes, `threads` that decode.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        threads: int = 1,
+        memory: int | str | Budget = "512 MiB",
+        pool: Pool | None = None,
+        swmr: bool = False,
+        storage: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.handle, self.budget = Handle(path, swmr=swmr, storage=storage), Budget.of(memory)
+        self.pool = Pool(threads) if pool is None else pool
+        self._own_pool = pool is None
         self._maps: dict[str, Map] = {}
+        self._files: dict[str, Bytes] = {}
 
     def reader(self, layout: Layout) -> Reader:
         """The reader for a dataset."""
-        if layout.offset is None:
-            return Through(self.handle, layout)
-        if layout.file not in self._maps:
-            self._maps[layout.file] = Map(layout.file)
-        return Mapped(self._maps[layout.file], layout)
+        through = Through(self.handle, layout)
+        index, pipeline = layout.index, layout.pipeline
+        if layout.way == "mmap" and index is None:
+            return Mapped(self._map(layout.file), layout)
+        if index is None or pipeline is None:
+            return through
+        if layout.way == "h5py":
+            return Chunked(layout, index, through, self.budget, self.pool)
+        direct = Direct(layout, index, pipeline, self._file(layout.file), through)
+        difference = differing(index, direct, through)
+        if difference is not None:
+            reason = f"read through h5py, as direct decoding went wrong ({difference})"
+            warnings.warn(f"dataset {layout.name!r} in {layout.file!r} is {reason}", RuntimeWarning, stacklevel=4)
+            return Chunked(layout.by_h5py(reason), index, through, self.budget, self.pool)
+        if layout.way == "mmap":
+            return MappedChunks(self._map(layout.file), layout, index)
+        load = Growing(index, direct, through) if self.handle.swmr else direct
+        return Chunked(layout, index, load, self.budget, self.pool)
+
+    def _map(self, path: str) -> Map:
+        if path not in self._maps:
+            self._maps[path] = Map(path, self.budget)
+        return self._maps[path]
+
+    def _file(self, path: str) -> Bytes:
+        if path not in self._files:
+            self._files[path] = self.handle.raw() if self.handle.remote else LocalBytes(path)
+        return self._files[path]
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, end the threads that are its own."""
+        if self._own_pool:
+            self.pool.close()
         self.handle.close()
+        for file in self._files.values():
+            file.close()

@@ -1,41 +1,65 @@
-"""A source over the datasets of an HDF5 file."""
+"""The source over HDF5 files."""
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import numpy as np
-
-from functrain.core import tree
-from functrain.core.errors import ArgumentError, DataError
-from functrain.core.tree import Tree
-from functrain.data.h5.columns import Column
-from functrain.data.h5.files import FAILURES, dataset_of, found, intact, listing, opened
-from functrain.data.h5.layout import Layout, layout_of
-from functrain.data.h5.readers import Readers
-from functrain.data.rows import whole_run
-from functrain.data.runs import Runs
-from functrain.data.source import Source
-
-if TYPE_CHECKING:
-    import h5py
+from functrain.core.errors import ArgumentError
+from functrain.data.budget import Budget
+from functrain.data.h5.access import Access
+from functrain.data.h5.choose import Wanted, choose
+from functrain.data.h5.many import HDF5Files, Path, has_pattern, paths_of
+from functrain.data.h5.rows import HDF5
+from functrain.data.h5.shelf import FileSource, Shelf, identity
 
 
-def hdf5(path: str | os.PathLike[str], group: str | None = None, *, datasets: Sequence[str] | None = None) -> HDF5:
-    """A source over the datasets `(N, …)` of an HDF5 file: element i is `{name: row i}`.
+def hdf5(
+    path: Path | Sequence[Path],
+    group: str | None = None,
+    *,
+    datasets: Sequence[str] | None = None,
+    axis: int | Mapping[str, int] = 0,
+    threads: int = 1,
+    memory: int | str | Budget = "512 MiB",
+    unpack: bool = False,
+    length: int | None = None,
+    swmr: bool = False,
+    root: Path | None = None,
+    storage: Mapping[str, Any] | None = None,
+) -> FileSource:
+    """A source over the datasets `(N, …)` of HDF5 files: element i is `{name: row i}`.
 
-    - `group`: where the datasets lie; default the root. If it names a dataset, elements are its bare rows.
-    - `datasets`: which of them; default all that lie directly in the group.
+    What is read:
 
-    Contiguous datasets are memory-mapped (random rows at the speed of memory), all others are read through h5py;
-    `explain` says which and why. Numbers come in native byte order. The file is opened again in each process
-    that reads; `close`, or a `with` block, lets go of it.
+    - `path`: a file, or several: a list, or a pattern such as "data/*.h5". Their rows follow one upon the other, in the order
+      of the list, or the natural order of names (demo_9, demo_10). A URL is read through fsspec.
+    - `group`: where the datasets lie; default the root. If it names a dataset, elements are its bare rows. A pattern such as
+      "data/demo_*" names several, whose rows follow one upon the other; `functrain.episodes` takes them apart again.
+    - `datasets`: which of them; default all that lie directly in the group. Fields of compounds go by "table/field".
+    - `axis`: along which samples lie, for all or by name, `{"x": 1}`; elements lack it. Negative ones count from the end.
+    - `length`: the first so many samples; it holds fast where a file grows.
 
-    Raises `DataError`, which names file and dataset: not there, not HDF5, truncated (also when the file shrinks
-    later), of a dtype that torch has not (strings, compound …), without samples, or of unequal lengths.
+    How:
+
+    - `threads` decode compressed chunks, and are ended by `close`, or with the source.
+    - `memory` bounds the decoded chunks that are kept: a size, or a `Budget` that others share.
+    - `unpack`: apply netCDF's scale_factor, add_offset, _FillValue, missing_value and valid range; NaN for what is missing.
+    - `swmr`: read files that are being appended to in HDF5's SWMR mode.
+    - `root`: a folder out of which links must not lead.
+    - `storage`: the options for the file system of a URL, and of its cache.
+
+    Numbers come in native byte order, enums as their ints, compounds as dicts, opaque values as their bytes `(…, n)` uint8,
+    sequences of variable length as `(T_i,)` (see `Source.padded`): so encoded images are decoded by
+    `.map(lambda b: decode(b.numpy()))`. Contiguous datasets are memory-mapped, chunks are decoded outside HDF5's lock where
+    their filters are known, all else goes through h5py; `explain` says which and why. A file is opened again in each process
+    that reads, and one of many only while it is used; `close`, or a `with` block, lets go of all.
+
+    Raises `DataError`, which names file and dataset: not there, not HDF5, truncated (also when the file shrinks later), of a
+    dtype that torch has not (strings, references), without samples, of unequal lengths, shorter than `length`; for several
+    files or groups, a pattern that nothing matches, and two that differ in structure, dtype or shape.
 
     >>> import functrain as ft, numpy as np, tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -43,118 +67,40 @@ def hdf5(path: str | os.PathLike[str], group: str | None = None, *, datasets: Se
     >>> with ft.hdf5(folder.name + "/a.h5", group="train") as source:
     ...     source(3)
     {'x': tensor([0., 0., 0.]), 'y': tensor(3)}
+    >>> with ft.hdf5(folder.name + "/*.h5", "train/y") as source:
+    ...     source.batch(4)(1)
+    tensor([4, 5, 6, 7])
     >>> folder.cleanup()
     """
-    if isinstance(datasets, str):
-        raise ArgumentError(f"datasets takes a list of names: datasets=[{datasets!r}], or group={datasets!r} for bare rows")
+    access = Access.of(threads, memory, swmr, root, storage)
+    wanted = Wanted.of(datasets, axis, unpack, length)
     if group is not None and not isinstance(group, str):
         raise ArgumentError(f"group takes the name of a group or dataset, got {group!r}")
-    if datasets is not None and not (isinstance(datasets, Sequence) and all(isinstance(name, str) for name in datasets)):
-        raise ArgumentError(f"datasets takes a list of names, got {datasets!r}")
-    return HDF5(os.fspath(path), group, datasets)
+    return _made(path, group, wanted, access)
 
 
-class HDF5(Source):
-    """Rows of datasets in one file."""
-
-    def __init__(self, path: str, group: str | None, datasets: Sequence[str] | None) -> None:
-        self.path, self.group = path, group
-        with opened(path) as file:
-            self.bare, layouts = _layouts(file, path, group, datasets)
-        self.length = _common_length(path, layouts)
-        self._shared = Readers(path)
-        self._columns = {
-            name: Column(self._shared.reader(layout), f"dataset {layout.name!r} in {path!r}")
-            for name, layout in layouts.items()
-        }
-        self._texts = {name: str(column) for name, column in self._columns.items()}
-        self._finalizer = weakref.finalize(self, self._shared.close)
-
-    def get(self, i: int, epoch: int) -> Tree:
-        return tree.map(lambda leaf: leaf[0], self._rows(slice(i, i + 1)))
-
-    def take(self, indices: np.ndarray, epoch: int) -> Tree:
-        run = whole_run(indices)
-        return self._rows(indices if run is None else run)
-
-    def announce(self, indices: np.ndarray, epoch: int) -> None:
-        for column in self._columns.values():
-            column.reader.announce(indices)
-
-    def runs(self) -> Runs | None:
-        step = max(column.reader.run for column in self._columns.values())
-        size = sum(column.reader.layout.size for column in self._columns.values()) // len(self)
-        return Runs(((len(self), step),), size) if step > 1 else None
-
-    def _rows(self, where: slice | np.ndarray) -> Tree:
-        if not self._finalizer.alive:
-            raise DataError(f"the source over {self.path!r} was closed: open it again with hdf5(…)")
-        rows = {name: column.rows(where) for name, column in self._columns.items()}
-        return rows[""] if self.bare else rows
-
-    def close(self) -> None:
-        """Let go of the file; reading from this source, or one made from it, is a `DataError` from now on."""
-        self._finalizer()
-        self._columns = {}
-
-    def __enter__(self) -> HDF5:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def facts(self) -> dict[str, str]:
-        where = {"file": self.path, **({"group": self.group} if self.group else {})}
-        return {
-            **where,
-            **super().facts(),
-            **{name or "elements": text for name, text in self._texts.items()},
-        }
+def _made(path: Path | Sequence[Path], group: str | None, wanted: Wanted, access: Access) -> FileSource:
+    """The source over one file or several, one group or several."""
+    paths, several = paths_of(path)
+    source: FileSource
+    if several or has_pattern(group):
+        if wanted.length is not None:
+            raise ArgumentError("length holds fast the length of one file: give it for each, and join them by functrain.concat")
+        source = HDF5Files(paths, group, wanted, access)
+    else:
+        source = _one(paths[0], group, wanted, access)
+    source.again = partial(_made, path, group, replace(wanted, length=None), access)
+    return source
 
 
-def _layouts(file: h5py.File, path: str, group: str | None, datasets: Sequence[str] | None) -> tuple[bool, dict[str, Layout]]:
-    import h5py
-
-    base = found(file, path, group)
-    if isinstance(base, h5py.Dataset):
-        if datasets is not None:
-            raise ArgumentError(f"{group!r} is a dataset: give its group, or leave datasets= out")
-        return True, {"": layout_of(base, path, group or "")}
-    # Names as they are sought, not as the items call themselves: behind a link, that is a place in another file.
-    prefix = (group or "").strip("/")
-    where = f"{group or '/'!r} in {path!r}"
-    with intact(where):
-        if datasets is None:
-            chosen: dict[str, Any] = _members(base, path, prefix)
-            if not chosen:
-                raise DataError(f"{where} holds no datasets, but {listing(base)}: name a group with group=…")
-        else:
-            chosen = {name: found(file, path, f"{prefix}/{name}") for name in datasets}
-            if not chosen:
-                raise ArgumentError("datasets is empty: name at least one, or leave it out to read all")
-    items = {name: dataset_of(item, path, name) for name, item in chosen.items()}
-    return False, {name: layout_of(dataset, path, f"{prefix}/{name}") for name, dataset in items.items()}
+def _one(path: str, group: str | None, wanted: Wanted, access: Access) -> HDF5:
+    """The source over one group of one file."""
+    with access.opened(path) as file:
+        seen = identity(path)
+        choice = choose(file, path, group, wanted, root=access.root, mappable=access.mappable(path))
+    source = HDF5(choice, Shelf(access, {path: seen}))
+    source.open()
+    return source
 
 
-def _members(base: h5py.Group | h5py.Datatype, path: str, prefix: str) -> dict[str, h5py.Dataset]:
-    """The datasets that lie directly in a group; what cannot be opened might be one, and is an error."""
-    import h5py
-
-    members = {}
-    for name in base if isinstance(base, h5py.Group) else ():
-        try:
-            item = base[name]
-        except FAILURES as error:
-            where = f"{prefix}/{name}".lstrip("/")
-            raise DataError(f"{where!r} in {path!r} cannot be opened ({error}): choose others with datasets=[…]") from error
-        if isinstance(item, h5py.Dataset):
-            members[name] = item
-    return members
-
-
-def _common_length(path: str, layouts: dict[str, Layout]) -> int:
-    lengths = {layout.name: layout.shape[0] for layout in layouts.values()}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
-        raise DataError(f"the datasets in {path!r} differ in length ({listed}): choose with datasets=[…]")
-    return next(iter(lengths.values()))
+__all__ = ["hdf5"]

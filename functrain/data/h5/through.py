@@ -8,6 +8,7 @@ import numpy as np
 
 from functrain.core.errors import DataError
 from functrain.data.h5.files import Handle, intact
+from functrain.data.h5.growing import current
 from functrain.data.h5.layout import Layout
 
 if TYPE_CHECKING:
@@ -15,26 +16,47 @@ if TYPE_CHECKING:
 
 
 class Through:
-    """Rows of any dataset, read by h5py under its one lock."""
+    """Rows of any dataset, or chunks of a chunked one, read by h5py under its one lock."""
+
+    run = 1
 
     def __init__(self, file: Handle, layout: Layout) -> None:
         self._file, self.layout = file, layout
-        self.run = 1
+        self._before = (slice(None),) * layout.axis
+
+    def _dataset(self) -> h5py.Dataset:
+        layout = self.layout
+        dataset = current(self._file.here()[layout.name], layout.length, layout.axis)
+        shape = list(dataset.shape)
+        if self._file.swmr:
+            shape[layout.axis] = min(shape[layout.axis], layout.length)
+        if tuple(shape) != layout.shape or dataset.dtype != layout.dtype:
+            raise DataError(f"dataset {self.layout.name!r} in {self._file.path!r} changed since it was opened")
+        return dataset
 
     def rows(self, where: slice | np.ndarray) -> np.ndarray:
         with intact(f"dataset {self.layout.name!r} in {self._file.path!r}"):
-            dataset = self._file.here()[self.layout.name]
-            if dataset.shape != self.layout.shape or dataset.dtype != self.layout.dtype:
-                raise DataError(f"dataset {self.layout.name!r} in {self._file.path!r} changed since it was opened")
-            return dataset[where] if isinstance(where, slice) else self._scattered(dataset, where)
+            dataset = self._dataset()
+            rows = dataset[(*self._before, where)] if isinstance(where, slice) else self._scattered(dataset, where)
+        return np.moveaxis(rows, self.layout.axis, 0)
 
     def _scattered(self, dataset: h5py.Dataset, indices: np.ndarray) -> np.ndarray:
         # h5py takes increasing indices only, each once.
         unique, places = np.unique(indices, return_inverse=True)
         first, last = int(unique[0]), int(unique[-1])
         if last - first < 2 * len(unique):
-            return dataset[first : last + 1][unique[places] - first]
-        return dataset[unique][places]
+            return dataset[(*self._before, slice(first, last + 1))][(*self._before, unique[places] - first)]
+        return dataset[(*self._before, unique)][(*self._before, places)]
+
+    def chunk(self, number: int, out: np.ndarray) -> None:
+        """The bytes of a chunk; of one at the edge, what lies within the shape."""
+        index = self.layout.index
+        assert index is not None
+        with intact(f"dataset {self.layout.name!r} in {self._file.path!r}, chunk {index.coordinates(number)}"):
+            region = index.region(number)
+            data = self._dataset()[region]
+            valid = tuple(slice(0, part.stop - part.start) for part in region)
+            out.view(self.layout.dtype).reshape(index.chunks)[valid] = data
 
     def announce(self, indices: np.ndarray) -> None:
         """Nothing to do: h5py reads when it is asked."""

@@ -1,141 +1,118 @@
-"""Writing arrays to an HDF5 file."""
+"""Writing arrays, or batches as they come, to an HDF5 file."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from functrain.core.errors import ArgumentError
-from functrain.core.tree import Tree
+from functrain.data.budget import size_of
+from functrain.data.h5.appending import Appended, fill
+from functrain.data.h5.batches import begun, is_stream, named_arrays, prefix_of, stream
+from functrain.data.h5.chunking import Storage
 from functrain.data.h5.output import Output, replacing
-from functrain.data.h5.slabs import slabs
 from functrain.data.source import integer
-
-# What h5py would choose splits rows (a 96×96×3 image over 192 chunks): chunks of whole rows, of about this size.
-_CHUNK_BYTES = 1 << 20
-# Written at once: after each such piece, a full disk or a Ctrl-C ends the writing.
-_SLAB_BYTES = 1 << 26
 
 
 def h5write(
     path: str | os.PathLike[str],
-    tree: Tree,
+    data: Any,
     *,
     group: str | None = None,
     overwrite: bool = False,
+    layout: str | None = None,
     chunks: int | tuple[int, ...] | None = None,
-    compression: str | int | None = None,
+    compression: Any = None,
+    shuffle: bool = False,
+    checksum: bool = False,
+    length: int | None = None,
+    memory: int | str = "64 MiB",
+    progress: Callable[[int, int | None], object] | None = None,
 ) -> None:
-    """Write a tree of arrays or tensors to a new HDF5 file: dicts become groups, leaves datasets.
+    """Write a tree of arrays, a source, or batches as they come, to a new HDF5 file: dicts become groups, leaves datasets.
 
-    Datasets are contiguous, so that `hdf5` can map them into memory, unless `chunks` (rows to a chunk, or the
-    shape of one) or `compression` (as h5py has it: "gzip", "lzf", a gzip level) is given. With `group`, the tree goes into that
-    group. The file is written beside its place, synced, and renamed: it is there whole, or not at all.
+    - `data`: arrays or tensors; a `Source`, whose element i becomes row i; or anything that gives batches (trees of arrays
+      `(N, …)`): a list, a generator, a DataLoader. Places in a tuple are names: "0", "1".
+    - `layout`: "contiguous", which `hdf5` maps into memory, beginning at a page; or "chunked", by samples: whole rows, about
+      1 MiB of them. Default: contiguous where the number of rows is known, as of arrays, a source, or by `length`.
+    - `chunks` (rows to a chunk, or the shape of one), `compression` (as h5py has it: "gzip", "lzf", a gzip level, or one of
+      hdf5plugin's), `shuffle` (the bytes of numbers, before compression), `checksum` (fletcher32, verified by whoever
+      reads): each makes datasets chunked.
+    - `group`: the name of a group that all goes into, or of the dataset where `data` is a bare array.
+    - `memory`: about how much of a source is held at a time. `progress`: called with the rows written, and those to come in
+      all, of batches as they are written.
+
+    The file is written beside its place, synced, and renamed: it is there whole, or not at all.
 
     Raises `DataError` for a file that exists, unless `overwrite`, or cannot be written (a full disk), and
-    `ArgumentError` for a leaf that is no array, or of a dtype that HDF5 has not (dates, objects, float8).
+    `ArgumentError` for a leaf that is no array, or of a dtype that HDF5 has not (dates, objects, float8), and for
+    batches that differ from the first or are not `length` rows in all. What an iterator raises passes as it is.
 
-    >>> import functrain as ft, tempfile
+    >>> import functrain as ft, numpy as np, tempfile, torch
     >>> folder = tempfile.TemporaryDirectory()
     >>> ft.h5write(folder.name + "/a.h5", {"train": {"x": torch.zeros(10, 3)}, "test": {"x": np.ones((2, 3), "f4")}})
     >>> ft.hdf5(folder.name + "/a.h5", "test")(1)
     {'x': tensor([1., 1., 1.])}
+    >>> ft.h5write(folder.name + "/b.h5", ({"x": np.full((4, 2), n)} for n in range(3)), compression="gzip")
+    >>> len(ft.hdf5(folder.name + "/b.h5"))
+    12
     >>> folder.cleanup()
     """
-    named = [(name, _array(name, leaf)) for name, leaf in _leaves(tree, _prefix(group))]
-    if not named:
-        raise ArgumentError("the tree has no leaves: there is nothing to write")
-    if isinstance(chunks, tuple):
-        chunks = tuple(integer("chunks", size, 1) for size in chunks)
-    elif chunks is not None:
-        chunks = integer("chunks", chunks, 1)
-    with replacing(os.fspath(path), overwrite) as output:
-        for name, array in named:
-            _write(output, name, array, chunks, compression)
-
-
-def _prefix(group: str | None) -> str:
-    if group is not None and not isinstance(group, str):
-        raise ArgumentError(f"group takes the name of a group, got {group!r}")
-    prefix = (group or "").strip("/")
-    if prefix and not all(_nameable(name) for name in prefix.split("/")):
-        raise ArgumentError(f"group {group!r} has a name in it that HDF5 has not: expected 'a/b/c' of UTF-8 text")
-    return prefix
-
-
-def _nameable(name: str) -> bool:
-    # HDF5 ends a name at a null character, which would be silent, and holds UTF-8, which has no lone surrogates.
-    return name not in ("", ".") and "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
-def _leaves(tree: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
-    if not isinstance(tree, Mapping):
-        yield prefix, tree
+    target, prefix = os.fspath(path), prefix_of(group)
+    storage = Storage.of(layout, chunks, compression, shuffle, checksum)
+    limit = size_of("memory", memory)
+    length = None if length is None else integer("length", length, 0)
+    if is_stream(data):
+        batches, rows = stream(data, prefix, length, limit)
+        # Before the file is there: a DataLoader starts its workers now, and sets handlers of signals.
+        first, batches = begun(batches)
+        if rows is None and layout == "contiguous":
+            raise ArgumentError("contiguous datasets cannot grow: say how many rows will come, length=…, or leave layout out")
+        with replacing(target, overwrite, align=rows is not None and not storage.chunked) as output:
+            _write_stream(output, storage, first, batches, rows, progress)
         return
-    for name, value in tree.items():
-        if not isinstance(name, str) or "/" in name or not _nameable(name):
-            raise ArgumentError(
-                f"names in the tree must be UTF-8 strings without '/' and null, got {name!r}: nest dicts to make groups"
-            )
-        yield from _leaves(value, f"{prefix}/{name}".lstrip("/"))
+    if length is not None:
+        raise ArgumentError("length says how many rows will come of batches: arrays have theirs")
+    arrays = named_arrays(data, prefix)
+    with replacing(target, overwrite, align=not storage.chunked) as output:
+        for name, array in arrays.items():
+            fill(output, storage.create(output.file, name, array.shape, array.dtype), array)
 
 
-def _array(name: str, leaf: Any) -> np.ndarray:
-    if not name:
-        raise ArgumentError("a bare array needs a name: write {'x': array}, or give group='x'")
-    if isinstance(leaf, Tensor):
-        if leaf.layout != torch.strided or leaf.is_quantized:
-            raise ArgumentError(f"leaf {name!r} is a {leaf.dtype}, {leaf.layout} tensor: HDF5 takes it as .float() and dense")
-        try:
-            return leaf.detach().cpu().resolve_conj().resolve_neg().numpy()
-        except (TypeError, RuntimeError) as error:
-            raise ArgumentError(f"leaf {name!r} is a {leaf.dtype} tensor: HDF5 takes it as .float() ({error})") from error
-    if not isinstance(leaf, (np.ndarray, np.generic)) or not _storable(leaf.dtype):
-        kind = f"an array of {leaf.dtype}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
-        raise ArgumentError(
-            f"leaf {name!r} is {kind}: expected tensors, or NumPy arrays of numbers or bytes (dates as .astype('int64'))"
-        )
-    return np.asarray(leaf)
-
-
-def _storable(dtype: np.dtype) -> bool:
-    import h5py
-
-    # Dtypes of other packages (bfloat16) would be written as bytes without a meaning.
-    if dtype.kind in "OU" or dtype.isbuiltin == 2:
-        return False
-    try:
-        h5py.h5t.py_create(dtype, logical=True)
-    except TypeError:
-        return False
-    return True
-
-
-def _write(
+def _write_stream(
     output: Output,
-    name: str,
-    array: np.ndarray,
-    chunks: int | tuple[int, ...] | None,
-    compression: str | int | None,
+    storage: Storage,
+    first: dict[str, np.ndarray],
+    batches: Iterator[dict[str, np.ndarray]],
+    rows: int | None,
+    progress: Callable[[int, int | None], object] | None,
 ) -> None:
-    if (chunks is None and compression is None) or array.size == 0 or array.ndim == 0:
-        chunks = compression = None
-    elif not isinstance(chunks, tuple):
-        row = max(1, math.prod(array.shape[1:])) * array.itemsize
-        rows = max(1, _CHUNK_BYTES // row) if chunks is None else chunks
-        chunks = (min(rows, len(array)), *array.shape[1:])
-    try:
-        dataset = output.file.create_dataset(name, array.shape, array.dtype, chunks=chunks, compression=compression)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ArgumentError(
-            f"chunks {chunks} or compression {compression!r} do not suit {name!r} {array.shape}: {error}"
-        ) from error
-    for slab in slabs(array.shape, array.itemsize, _SLAB_BYTES, chunks):
-        dataset.write_direct(np.ascontiguousarray(array[slab]), None, slab)
-        output.check()
+    columns = {name: Appended(output, storage, name, array, rows) for name, array in first.items()}
+    done = number = 0
+    while (batch := _next(output, batches)) is not None:
+        if batch.keys() != columns.keys():
+            raise ArgumentError(f"batch {number} has {', '.join(batch)}: the first has {', '.join(columns)}")
+        done += len(next(iter(batch.values())))
+        if rows is not None and done > rows:
+            raise ArgumentError(f"length={rows}, but up to batch {number} there are {done} rows already")
+        for name, array in batch.items():
+            columns[name].append(array, number)
+        number += 1
+        if progress is not None:
+            with output.elsewhere():
+                progress(done, rows)
+    if rows is not None and done < rows:
+        raise ArgumentError(f"length={rows}, but the batches hold {done} rows in all")
+    for column in columns.values():
+        column.end()
+
+
+def _next(output: Output, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray] | None:
+    with output.elsewhere():
+        return next(batches, None)
+
+
+__all__ = ["h5write"]

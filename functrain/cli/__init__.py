@@ -1,4 +1,4 @@
-"""The command line: train a program's experiment, resume a run, explain what would run."""
+"""The command line: train a program's experiment, resume a run, explain what would run, look at data."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 import functrain as ft
+from functrain.cli.data import add_data_command
 from functrain.core.errors import ConfigError, FunctrainError, RunError
 from functrain.engine.experiment import Experiment
 from functrain.runs.config import config_from_dict, config_from_flags, config_to_dict
@@ -198,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     tell = commands.add_parser("explain", allow_abbrev=False, help="say what FILE's experiment would run, where, and why")
     tell.add_argument("file")
     tell.set_defaults(go=_explain)
+    add_data_command(commands)
     return parser
 
 
@@ -222,7 +224,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,7 @@
+"""`python -m functrain.cli`."""
+
+import sys
+
+from functrain.cli import main
+
+sys.exit(main())

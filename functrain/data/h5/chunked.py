@@ -1,0 +1,221 @@
+"""Rows of chunked datasets, decoded chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from functrain.core.errors import DataError
+from functrain.data.budget import Budget
+from functrain.data.h5.cache import Cache
+from functrain.data.h5.filters import DecodeError, Pipeline, ShortError
+from functrain.data.h5.growing import Load
+from functrain.data.h5.index import ChunkIndex
+from functrain.data.h5.layout import Layout
+from functrain.data.h5.pool import Pool
+from functrain.data.h5.raw import Bytes, LocalBytes
+from functrain.data.h5.scratch import RAW, scratch
+from functrain.data.h5.through import Through
+
+
+class Chunked:
+    """Rows of a chunked dataset: its chunks are decoded once, kept while there is room, and gathered from.
+
+    `load` brings a chunk: straight from the file (`Direct`), or through h5py (`Through.chunk`).
+    """
+
+    def __init__(self, layout: Layout, index: ChunkIndex, load: Load, budget: Budget, pool: Pool) -> None:
+        self.layout, self._index = layout, index
+        self.run = index.chunks[layout.axis]
+        slots = max(1, min(len(index), budget.limit // index.bytes))
+        self._cache = Cache(slots, index.bytes, budget, pool, load.chunk)
+        self._load, self._pool = load, pool
+        others = [place for place in range(len(index.shape)) if place != layout.axis]
+        # Chunks with the same rows, one behind the other along the other axes.
+        self._beside = math.prod(index.grid[place] for place in others)
+        # Whether a chunk is whole rows, one after the other: then many are gathered in one go.
+        self._whole = layout.axis == 0 and index.chunks[1:] == index.shape[1:]
+        self._row = math.prod(index.shape[1:]) * index.itemsize if self._whole else 0
+        self._numbers = np.arange(len(index)).reshape(index.grid)
+
+    def rows(self, where: slice | np.ndarray) -> np.ndarray:
+        if isinstance(where, slice):
+            if self._whole:
+                return self._stretch(where.start, where.stop)
+            where = np.arange(where.start, where.stop)
+        numbers, inner = np.divmod(where, self.run)
+        wanted = np.unique(numbers)
+        at_once = max(1, self._cache.slots // 2 // self._beside)
+        if self._whole and len(wanted) <= at_once:
+            return self._rows(numbers, inner, wanted)
+        shape = self.layout.row_shape
+        result = np.empty((len(where), *shape), self.layout.dtype)
+        for start in range(0, len(wanted), at_once):
+            group = wanted[start : start + at_once]
+            here = np.flatnonzero(np.isin(numbers, group))
+            if self._whole:
+                result[here] = self._rows(numbers[here], inner[here], group)
+            else:
+                self._pieces(result, here, numbers[here], inner[here], group)
+        return result
+
+    # --- whole rows ------------------------------------------------------------------------------------------
+
+    def _stretch(self, start: int, stop: int) -> np.ndarray:
+        """Neighbouring rows: chunks of which all is wanted are decoded into their place."""
+        result = np.empty(stop - start, self._void)
+        jobs, parts = [], []
+        for number in range(start // self.run, (stop - 1) // self.run + 1):
+            first = number * self.run
+            low, high = max(first, start), min(first + self.run, stop)
+            into = result[low - start : high - start]
+            if high - low == self.run and not self._cache.has(number):
+                jobs.append(partial(self._load.chunk, number, into.view(np.uint8)))
+            else:
+                parts.append((number, slice(low - first, high - first), into))
+        if jobs:
+            self._pool.all(jobs)
+        for number, rows, into in parts:
+            # Who reads on from here comes back to this chunk in the next epoch: to keep it helps where all chunks can be kept.
+            last = rows.stop == self.run or number * self.run + rows.stop == self.layout.length
+            spent = last and self._cache.slots < len(self._index)
+            with self._cache.holding([number], spent) as (place,):
+                into[:] = self._elements(self._cache.bytes[place] if isinstance(place, int) else place)[rows]
+        return result.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
+
+    def _rows(self, numbers: np.ndarray, inner: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        with self._cache.holding(wanted.tolist()) as held:
+            if all(isinstance(place, int) for place in held):
+                slots = np.array(held, np.int64)[np.searchsorted(wanted, numbers)]
+                gathered = self._elements(self._cache.bytes.reshape(-1))[slots * self.run + inner]
+            else:
+                gathered = np.empty(len(numbers), self._void)
+                for number, place in zip(wanted.tolist(), held):
+                    here = numbers == number
+                    data = self._cache.bytes[place] if isinstance(place, int) else place
+                    gathered[here] = self._elements(data)[inner[here]]
+        return gathered.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
+
+    @property
+    def _void(self) -> np.dtype:
+        return np.dtype(f"V{self._row}")
+
+    def _elements(self, data: np.ndarray) -> np.ndarray:
+        """Rows as single elements, which are gathered faster than rows of a matrix."""
+        return data.view(self._void)
+
+    # --- any other shape -------------------------------------------------------------------------------------
+
+    def _pieces(
+        self, result: np.ndarray, here: np.ndarray, numbers: np.ndarray, inner: np.ndarray, wanted: np.ndarray
+    ) -> None:
+        axis, index = self.layout.axis, self._index
+        beside = np.moveaxis(self._numbers, axis, 0)
+        # One grid row after the other, of at most so many chunks as there are places.
+        most = max(1, self._cache.slots // 2)
+        for number in wanted.tolist():
+            mine = numbers == number
+            into, rows = here[mine], inner[mine]
+            chunks = beside[number].reshape(-1)
+            for start in range(0, len(chunks), most):
+                group = chunks[start : start + most].tolist()
+                with self._cache.holding(group) as held:
+                    for chunk, place in zip(group, held):
+                        data = self._cache.bytes[place] if isinstance(place, int) else place
+                        piece = np.moveaxis(data.view(self.layout.dtype).reshape(index.chunks), axis, 0)
+                        region = index.region(chunk)
+                        target = (*region[:axis], *region[axis + 1 :])
+                        valid = tuple(slice(0, part.stop - part.start) for part in target)
+                        result[(into, *target)] = piece[(slice(None), *valid)][rows]
+
+    # --- ahead -----------------------------------------------------------------------------------------------
+
+    def announce(self, indices: np.ndarray) -> None:
+        wanted = np.unique(indices // self.run)
+        if self._beside > 1:
+            wanted = np.moveaxis(self._numbers, self.layout.axis, 0)[wanted].reshape(-1)
+        self._cache.announce(wanted.tolist())
+
+
+class Direct:
+    """Chunks straight from the file: read, decoded, and read once more through h5py where that fails."""
+
+    def __init__(self, layout: Layout, index: ChunkIndex, pipeline: Pipeline, file: Bytes, again: Through) -> None:
+        self._layout, self._index, self._pipeline, self._file, self._again = layout, index, pipeline, file, again
+
+    def chunk(self, number: int, out: np.ndarray) -> None:
+        """The bytes of a chunk, whole: of one at the edge, what lies beyond the shape is padding."""
+        offset = int(self._index.offset[number])
+        if offset < 0:
+            out.reshape(-1, self._index.itemsize)[:] = self._layout.fill
+            return
+        try:
+            self._decode(number, offset, out)
+        except ShortError as problem:
+            # HDF5 takes such a chunk, and gives the memory behind what there is.
+            raise self._damaged(number, offset, str(problem)) from problem
+        except (DecodeError, DataError) as problem:
+            self._once_more(number, offset, out, problem)
+
+    def trial(self, number: int, out: np.ndarray) -> str | None:
+        """Decode a chunk that is there; what is wrong with it, if anything."""
+        try:
+            self._decode(number, int(self._index.offset[number]), out)
+        except ShortError:
+            raise
+        except (DecodeError, DataError) as problem:
+            return str(problem)
+        return None
+
+    def _decode(self, number: int, offset: int, out: np.ndarray) -> None:
+        self._pipeline.decode(self._raw(offset, int(self._index.size[number]), out), int(self._index.mask[number]), out)
+
+    def _raw(self, offset: int, size: int, out: np.ndarray) -> bytes | memoryview:
+        if not isinstance(self._file, LocalBytes):
+            return self._file.read(offset, size)
+        buffer = out if self._pipeline.plain and size == len(out) else scratch.take(RAW, size)
+        self._file.fill(offset, buffer)
+        return buffer.data
+
+    def _once_more(self, number: int, offset: int, out: np.ndarray, problem: Exception) -> None:
+        try:
+            self._again.chunk(number, out)
+        except DataError as error:
+            raise self._damaged(number, offset, f"{problem} (h5py: {error})") from problem
+
+    def _damaged(self, number: int, offset: int, problem: str) -> DataError:
+        return DataError(
+            f"dataset {self._layout.name!r} in {self._layout.file!r} is damaged: chunk {self._index.coordinates(number)}, "
+            f"{int(self._index.size[number])} bytes from byte {offset}, cannot be decoded: {problem}"
+        )
+
+
+def differing(index: ChunkIndex, direct: Direct, through: Through) -> str | None:
+    """Why direct reading must not be used: an inner chunk, or one at the edge, comes out otherwise than through h5py.
+
+    A chunk that h5py cannot read either is left for the reader to find.
+    """
+    for number in _samples(index):
+        ours, theirs = np.zeros(index.bytes, np.uint8), np.zeros(index.bytes, np.uint8)
+        try:
+            through.chunk(number, theirs)
+            problem = direct.trial(number, ours)
+        except (DataError, ShortError):
+            continue
+        if problem is None:
+            valid = tuple(slice(0, part.stop - part.start) for part in index.region(number))
+            first, second = (data.reshape(*index.chunks, index.itemsize)[valid] for data in (ours, theirs))
+            problem = None if np.array_equal(first, second) else "its numbers are others than h5py's"
+        if problem is not None:
+            return f"chunk {index.coordinates(number)}: {problem}"
+    return None
+
+
+def _samples(index: ChunkIndex) -> Iterator[int]:
+    """The first chunk that is there, which is an inner one if any is, and the last, which is at the edge."""
+    there = np.flatnonzero(index.offset >= 0)
+    if len(there):
+        yield from sorted({int(there[0]), int(there[-1])})

@@ -1,0 +1,43 @@
+"""What is awkward about how a dataset lies in its file, for whoever trains from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from functrain.core.explain import readable
+from functrain.data.h5.filters import Pipeline
+from functrain.data.h5.links import missing_sources
+from functrain.data.h5.registry import described
+
+if TYPE_CHECKING:
+    import h5py
+
+
+def concerns(dataset: h5py.Dataset) -> Iterator[str]:
+    """What slows reading down, or makes it impossible, in words, with what helps: filters, chunks, missing sources."""
+    import h5py
+
+    if dataset.is_virtual:
+        missing = missing_sources(dataset)
+        if missing:
+            named = ", ".join(map(repr, missing[:3])) + (" …" if len(missing) > 3 else "")
+            yield f"{len(missing)} of its source files are missing and read as fill values: {named}"
+    if dataset.chunks is None or not dataset.shape:
+        return
+    pipeline = Pipeline.of(dataset)
+    for filter in pipeline.filters if pipeline.hindrance is not None else ():
+        if not h5py.h5z.filter_avail(filter.code):
+            yield f"cannot be read here without the filter {described(filter.code, filter.name)}"
+    touched = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape[1:], dataset.chunks[1:]))
+    chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    if touched > 1:
+        yield f"one sample touches {touched:,} chunks: written anew with chunks of whole samples, it is read faster (h5concat)"
+    elif chunk > _LARGE and dataset.chunks[0] > 1:
+        yield f"chunks of {readable(chunk)} hold {dataset.chunks[0]:,} samples: .shuffle(seed, within=…) decodes each once"
+    elif chunk < _TINY and dataset.size * dataset.dtype.itemsize > _LARGE // 16:
+        yield f"chunks of {readable(chunk)} are small: with larger ones it is read faster (h5concat)"
+
+
+_LARGE, _TINY = 1 << 24, 1 << 12
