@@ -1,6 +1,6 @@
 """One rank of a training run that only writes down what it is given: run by test_resharding.py, and killed by it.
 
-Arguments: folder, generation, rank, number of ranks, first step, end. After each step it says so, and waits for a line:
+Arguments: folder, rank, number of ranks, first step, end. After each step it says so, and waits for a line:
 ranks of a real run wait for each other's gradients.
 """
 
@@ -33,14 +33,14 @@ def given(folder: Path, rank: int, ranks: int, start: int, stop: int) -> Iterato
             yield step, batch["id"].tolist()
 
 
-def log(folder: Path, generation: int, rank: int) -> Path:
+def log(folder: Path, rank: int) -> Path:
     """Where a rank writes a line `[step, ids]` for each step."""
-    return folder / f"{generation}-{rank}.log"
+    return folder / f"{rank}.log"
 
 
-def main(folder: Path, generation: int, rank: int, ranks: int, start: int, stop: int) -> None:
+def main(folder: Path, rank: int, ranks: int, start: int, stop: int) -> None:
     """Take the steps, and write down what each was given."""
-    with open(log(folder, generation, rank), "ab", buffering=0) as file:
+    with open(log(folder, rank), "wb", buffering=0) as file:
         for step, ids in given(folder, rank, ranks, start, stop):
             file.write(json.dumps([step, ids]).encode() + b"\n")
             os.write(1, b"%d\n" % step)

@@ -32,7 +32,7 @@ def shuffled(source: Source, seed: int, within: int | str | None) -> Shuffle:
         return Shuffle(source, seed, f"{readable(size)}, not needed: each element lies alone, so this is the full shuffle")
     if runs.length != len(source) or any(length < 0 or step < 1 for length, step in runs.stretches):
         raise ArgumentError(
-            f"runs() of {source!r} are of {runs.length:,} elements: expected all of the source, in steps of 1 or more, got {runs}"
+            f"runs() of {source!r} are of {runs.length:,} elements: expected all of the source, in steps of 1 or more: {runs}"
         )
     return Blocks(source, seed, size, runs)
 
@@ -78,6 +78,31 @@ class Blocks(Shuffle):
         here = start + self._mixed(positions - start, line.begins(self._first(block + 1)) - start, block, epoch)
         slots, begins = line.slots(here)
         return self.places.first(permuted(slots, self.layout.number, self._runs_seed, epoch)) + here - begins
+
+    def announce(self, indices: np.ndarray, epoch: int) -> None:
+        super().announce(indices, epoch)
+        # Of the next block as large a share as this is of the present one: else all of its runs are wanted at once, where
+        # one block ends, and whoever trains waits for them.
+        start, stop = int(indices.min()), int(indices.max()) + 1
+        line = self._line(epoch)
+        first, last = (int(self._block(line.slots(np.array([place]))[0])[0]) for place in (start, stop - 1))
+        # Where an announcement is longer than blocks are, the next announcement comes early enough.
+        for block in range(first, min(last + 1, first + 2)):
+            ahead = self._ahead(block, start, stop, epoch)
+            if ahead.size:
+                self.source.announce(ahead, epoch)
+
+    def _ahead(self, block: int, start: int, stop: int, epoch: int) -> np.ndarray:
+        """The first elements of the runs of the next block that come up while positions start … stop−1 of this one are read."""
+        line = self._line(epoch)
+        firsts = self._first(block + np.arange(3))
+        if firsts[1] >= self.layout.number:
+            return np.empty(0, dtype=np.int64)
+        begin, end = (int(place) for place in line.begins(firsts[:2]))
+        first, runs = int(firsts[1]), int(firsts[2] - firsts[1])
+        low, high = (first + -(-(min(max(place, begin), end) - begin) * runs // (end - begin)) for place in (start, stop))
+        slots = np.arange(low, high)
+        return self.places.first(permuted(slots, self.layout.number, self._runs_seed, epoch)) if slots.size else slots
 
     def _laid(self, epoch: int) -> _Line:
         odd = self.places.odd

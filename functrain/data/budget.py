@@ -166,6 +166,8 @@ class Account:
     def grow(self, size: int) -> None:
         """Charge `size` bytes more (or less, below 0) for an item that was begun."""
         budget = self.budget
+        if size > 0:
+            budget.room(size)
         with budget.lock():
             self.held, budget.used = self.held + size, budget.used + size
             budget.peak = max(budget.peak, budget.used)

@@ -30,9 +30,7 @@ class GroupPart(Reordered):
         whole = self.source.runs()
         if whole is None:
             return None
-        ends = np.cumsum([0, *(length for length, _ in whole.stretches)])
-        starts = [np.arange(end, end + length, step) for end, (length, step) in zip(ends, whole.stretches)]
-        of = np.searchsorted(np.concatenate(starts), self.members, "right")
+        of = np.searchsorted(whole.ends(), self.members, "right")
         lengths = np.diff(np.flatnonzero(np.diff(of, prepend=-1, append=-1)))
         # Neighbouring runs of one length are one stretch.
         first = np.flatnonzero(np.diff(lengths, prepend=-1))

@@ -1,4 +1,4 @@
-"""Labels: what each element is, or belongs to."""
+"""Labels: the class of each element, or the group that it belongs to."""
 
 from __future__ import annotations
 
@@ -31,13 +31,18 @@ def classes(labels: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     return names, numbers
 
 
+def without_torch(values: Any) -> Any:
+    """A tensor as a NumPy array, anything else as it is."""
+    if not isinstance(values, torch.Tensor):
+        return values
+    mine = values.detach().cpu()
+    # NumPy has no bfloat16.
+    return (mine.double() if mine.is_floating_point() else mine).numpy()
+
+
 def _array(labels: Any) -> np.ndarray:
-    if isinstance(labels, torch.Tensor):
-        mine = labels.detach().cpu()
-        # NumPy has no bfloat16.
-        return (mine.double() if mine.is_floating_point() else mine).numpy()
     try:
-        values = np.asarray(labels)
+        values = np.asarray(without_torch(labels))
     except ValueError as error:
         raise ArgumentError(f"labels are an array (n,) of ints or strings: {error}") from error
     if values.dtype.kind not in "biufUSO":

@@ -135,7 +135,7 @@ class Prefetch:
             self._stream = Stream(load, Turns(self.depth), self.workers)
             return self._stream
         account = None if self.memory is None else Account(self.memory)
-        turns = PlannedTurns(self.depth, count, account)
+        turns = PlannedTurns(self.depth, count, account, telling=heeding is not None)
         if heeding is not None:
             load = announced(load, heeding, start, turns)
         if self.memory is None and self.device is None:

@@ -111,11 +111,10 @@ class Ragged(Source):
         runs = self.values.runs()
         if runs is None:
             return None
-        # Elements belong to the run in which they begin: each such run is a stretch of its own.
-        counts = np.diff(np.searchsorted(self.offsets[:-1], runs.ends(), "left"), prepend=0)
-        counts[-1] += self.length - counts.sum()
-        stretches = tuple((count, count) for count in counts[counts > 0].tolist())
-        return Runs(stretches, max(1, round(runs.size * float(self.lengths.mean()))))
+        # Elements belong to the run in which they begin; empty ones at the very end begin in none.
+        ends = np.searchsorted(self.offsets[:-1], runs.ends(), "left")
+        ends[-1] = len(self)
+        return Runs.of(np.diff(ends, prepend=0), max(1, round(runs.size * float(self.lengths.mean()))))
 
     def facts(self) -> dict[str, str]:
         rows = self.offsets[-1] - self.offsets[0]

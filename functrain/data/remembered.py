@@ -5,13 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Result = TypeVar("Result")
 
 
-def remembered(method: Callable[P, R], size: int) -> Callable[P, R]:
+def remembered(method: Callable[..., Result], size: int) -> Callable[..., Result]:
     """A bound method that remembers its last `size` results, by its arguments.
 
     Its object is not kept alive by it: a source that nobody holds any more lets go of files and threads at once, and does
@@ -29,10 +28,10 @@ def remembered(method: Callable[P, R], size: int) -> Callable[P, R]:
     weak = weakref.WeakMethod(method)
 
     @lru_cache(maxsize=size)
-    def recall(*arguments: P.args, **named: P.kwargs) -> R:
+    def recall(*arguments: Any) -> Result:
         alive = weak()
         assert alive is not None
-        return alive(*arguments, **named)
+        return alive(*arguments)
 
     return recall
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,18 @@ class Runs(NamedTuple):
 
     stretches: tuple[tuple[int, int], ...]
     size: int
+
+    @classmethod
+    def of(cls, counts: np.ndarray, size: int) -> Runs | None:
+        """Runs of so many elements each, some perhaps of none; None where each element lies alone.
+
+        >>> Runs.of(np.array([4, 4, 0, 2]), 100).stretches
+        ((8, 4), (2, 2))
+        """
+        alike = [(count, sum(1 for _ in group)) for count, group in itertools.groupby(counts[counts > 0].tolist())]
+        if all(count == 1 for count, _ in alike):
+            return None
+        return cls(tuple((count * number, count) for count, number in alike), size)
 
     @property
     def number(self) -> int:

@@ -47,9 +47,9 @@ class Source(Positions):
         """The same elements in an order drawn from `seed`, a new one each epoch; nothing is stored or read.
 
         With `within`, a number of bytes such as "256 MiB", chunks are shuffled, and elements within blocks of as many chunks
-        as that holds: each is decoded once an epoch, if the file's `memory=` has room for two blocks. The order follows
-        from `within` and the chunks too. `.quality` says how near to a full shuffle that is (1): how much more often, in
-        parts of 1, the next element comes from the same chunk. Where each element lies alone it is the full shuffle.
+        as that holds: each is decoded once an epoch, if the file's `memory=` has room for two blocks. The order depends on
+        `within` and on the chunks, too. `.quality` is 1 for a full shuffle, and less by how much more often than there the next
+        element comes from the same chunk. Where each element lies alone it is the full shuffle.
 
         Any int is a seed; `ArgumentError` without one, and for a source without end.
 

@@ -103,6 +103,9 @@ class Stream(Iterator[Tree]):
             raise
         if item.__class__ is _End:
             return self._finish(item)
+        if self._over is not None:
+            # Closed meanwhile: those before it may have been dropped.
+            raise ArgumentError(self._over)
         self._items += 1
         return item
 

@@ -61,15 +61,16 @@ class Turns:
 
 
 class PlannedTurns(Turns):
-    """Turns that are planned as far ahead as `depth`, and `account`'s budget, allow: `fresh` gives what was planned since.
+    """Turns that are planned as far ahead as `depth`, and `account`'s budget, allow; `fresh` gives them, when `telling`.
 
     Each plan charges the account with what the last element took, which `loaded` puts right. One element may always be
     under way, however large. From number `count` on there is nothing to load, so nothing to charge or to tell of.
     """
 
-    def __init__(self, depth: int, count: int | None, account: Account | None) -> None:
+    def __init__(self, depth: int, count: int | None, account: Account | None, telling: bool = False) -> None:
         super().__init__(depth)
         self.account, self._count, self._last = account, count, 0 if account is None else None
+        self._telling = telling
         self._lock = threading.Lock()
         self._tokens = self._planned = 0
         self._todo: deque[int] = deque()
@@ -129,7 +130,7 @@ class PlannedTurns(Turns):
     def _plan(self) -> None:
         while self._tokens and (self._ended() or self._charge()):
             self._todo.append(self._planned)
-            if not self._ended():
+            if self._telling and not self._ended():
                 self._fresh.append(self._planned)
             self._planned += 1
             self._tokens -= 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from functrain.core import random
 from functrain.core.errors import ArgumentError
 from functrain.data.arguments import integer
+from functrain.data.labels import without_torch
 from functrain.data.order import Reordered
 from functrain.data.permutation import hashed
 from functrain.data.source import Source
@@ -70,10 +70,8 @@ def _uniform(bits: np.ndarray) -> np.ndarray:
 
 def _shares(weights: Any, length: int) -> np.ndarray:
     """Weights in proportion, with a mean of 1."""
-    if isinstance(weights, torch.Tensor):
-        weights = weights.detach().cpu().numpy() if not weights.is_floating_point() else weights.detach().cpu().double().numpy()
     try:
-        values = np.asarray(weights)
+        values = np.asarray(without_torch(weights))
     except ValueError as error:
         raise ArgumentError(f"weights are numbers (n,), one for each element: {error}") from error
     if values.dtype.kind not in "biuf":

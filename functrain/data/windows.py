@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 from functrain.core import tree
@@ -40,9 +38,7 @@ class Windows(Source):
         if runs is None:
             return None
         # Windows belong to the run in which they begin; of its steps each brings as many as lie between two windows.
-        counts = np.diff(self.before(runs.ends()), prepend=0)
-        stretches = tuple((sum(alike), count) for count, alike in itertools.groupby(counts[counts > 0].tolist()))
-        return Runs(stretches, runs.size * self.stride) if any(step > 1 for _, step in stretches) else None
+        return Runs.of(np.diff(self.before(runs.ends()), prepend=0), runs.size * self.stride)
 
     def get(self, i: int, epoch: int) -> Tree:
         return self.source.take(self.starts(np.array([i])) + np.arange(self.size), epoch)

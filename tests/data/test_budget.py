@@ -59,10 +59,15 @@ def test_what_can_be_had_again_makes_room_the_oldest_first():
     assert not account.begin(1)
     assert account.begin(1, anyway=True)
     assert (budget.used, budget.peak) == (101, 101)
+    account.end(50)
+    late = Cache(budget, 49)
+    # What turns out to be larger than it was said to be makes room as well.
+    account.grow(9)
+    assert (late.size, account.held, budget.used) == (40, 60, 100)
     account.settle()
     # Closed: what is ended late is not given back twice.
-    account.end(50)
-    assert (budget.used, account.held) == (0, 0)
+    account.end(60)
+    assert (budget.used, account.held) == (late.size, 0)
 
 
 def test_a_forgotten_account_gives_everything_back():

@@ -108,7 +108,7 @@ def alike(draw):
     return files, axis
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(alike(), st.sampled_from([{}, {}, {"layout": "contiguous"}, {"chunks": 2, "checksum": True}, {"virtual": True}]))
 def test_whatever_the_layouts_the_numbers_are_those_of_the_parts(tmp_path, drawn, options):
     files, axis = drawn

@@ -115,6 +115,9 @@ def test_windows_never_cross_from_one_episode_into_the_next(lengths, size, strid
     assert [window.tolist() for window in windows] == expected
     assert windows.take(np.arange(len(windows))[::-1].copy(), 0).tolist() == expected[::-1]
     seen = {step for window in expected for step in window}
+    begun = np.array([window[0] for window in expected])
+    for step in range(1, sum(lengths) + 1):
+        assert windows.before(np.array([step])).tolist() == [int((begun < step).sum())]
     facts = windows.explain().facts
     assert facts["left over"].startswith(f"{sum(lengths) - len(seen):,} steps")
     short = sum(length < size for length in lengths)

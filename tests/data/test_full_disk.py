@@ -26,9 +26,12 @@ ways = {
     "gzip": lambda path: h5write(path, {"x": big}, overwrite=True, chunks=100, compression="gzip"),
     "many": lambda path: h5write(path, many, overwrite=True),
     "joined": lambda path: h5concat(path, ["part.h5"] * 20, overwrite=True),
+    "joined chunks": lambda path: h5concat(path, ["chunked.h5"] * 20, overwrite=True),
+    "batches": lambda path: h5write(path, (big[n : n + 70] for n in range(0, 5000, 70)), group="x", overwrite=True),
 }
 os.chdir(sys.argv[1])
 h5write("part.h5", {"x": np.ones((100, 8))})
+h5write("chunked.h5", {"x": big[:100]}, chunks=5, compression="lzf")
 write = ways[sys.argv[2]]
 write("whole.h5")
 size = os.path.getsize("whole.h5")
@@ -42,11 +45,11 @@ for limit in [0, 1, 100, *range(500, size, max(1, size // 10)), size - 1, size]:
         assert limit < size, error
         assert "'old.h5' could not be written: " in str(error), error
         assert Path("old.h5").read_text() == "old"
-    assert sorted(os.listdir()) == ["old.h5", "part.h5", "whole.h5"]
+    assert sorted(os.listdir()) == ["chunked.h5", "old.h5", "part.h5", "whole.h5"]
 """
 
 
-@pytest.mark.parametrize("way", ["contiguous", "chunked", "gzip", "many", "joined"])
+@pytest.mark.parametrize("way", ["contiguous", "chunked", "gzip", "many", "joined", "joined chunks", "batches"])
 def test_a_full_disk_is_an_error_and_no_crash(tmp_path, way):
     (tmp_path / "old.h5").write_text("old")
     done = subprocess.run(
@@ -94,6 +97,35 @@ for part in range(20):
     assert os.listdir() == ["old.h5"]
 assert interrupted > 5, interrupted
 """
+
+
+# The batches come from code of the caller's, which a signal reaches while it waits.
+WAITING = """
+import os, signal, sys, threading
+import numpy as np
+from functrain.data import h5write
+
+def batches():
+    yield np.ones((5, 2))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    threading.Event().wait(60)
+    print("never came")
+
+def raised(number, frame):
+    raise KeyboardInterrupt
+
+os.chdir(sys.argv[1])
+signal.signal(signal.SIGALRM, raised)
+try:
+    h5write("a.h5", batches(), group="x")
+except KeyboardInterrupt:
+    print("interrupted", os.listdir(), signal.getsignal(signal.SIGALRM) is raised)
+"""
+
+
+def test_an_interrupt_while_waiting_for_a_batch_comes_through(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WAITING, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert done.stdout == "interrupted [] True\n"
 
 
 def test_an_interrupt_while_writing_leaves_a_whole_file(tmp_path):

@@ -82,12 +82,12 @@ def test_patterns_in_groups(tmp_path):
     with hdf5(tmp_path / "a.h5", "/data/*/actions") as bare:
         assert bare.batch(len(bare))(0)[:, 0].tolist() == numbers.tolist()
         assert episodes(bare).lengths.tolist() == LENGTHS
-    with h5py.File(tmp_path / "lost.h5", "w") as file:
+    with h5py.File(tmp_path / "lost.hdf5", "w") as file:
         file["demo_1/x"], file["demo_2"] = np.zeros(3), h5py.SoftLink("/nowhere")
     for group in ("demo_*", "demo_*/x"):
         # What cannot be opened might be one of them.
-        with pytest.raises(DataError, match="'demo_2' in .* leads nowhere"):
-            hdf5(tmp_path / "lost.h5", group)
+        with pytest.raises(DataError, match=r"'demo_2' in .* leads nowhere"):
+            hdf5(tmp_path / "lost.hdf5", group)
     assert hdf5(tmp_path / "a.h5", "data/odd[1]")(3) == {"x": torch.tensor(3)}
     assert len(hdf5(tmp_path / "a.h5", "data/demo_[12]", datasets=["obs/step"])) == LENGTHS[1] + LENGTHS[2]
     (tmp_path / "more").mkdir()

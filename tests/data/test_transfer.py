@@ -90,7 +90,7 @@ class TestOnAGPU:
         assert [float(mean) for mean in means] == [float(n) for n in range(40)]
 
     def test_what_lies_on_the_device_already_is_waited_for(self):
-        transfer = Transfer(torch.device("cuda"))
+        transfer = Transfer(checked_device("cuda"))
         made = torch.randn(4096, 4096, device="cuda") @ torch.ones(4096, 4096, device="cuda")
         moved = transfer.receive(*transfer.send(made))
         assert torch.equal(moved, made)

@@ -68,8 +68,8 @@ def test_pytables(wild):
         with hdf5(path, name, threads=2) as source:
             # Its booleans are fields of 8 bits, of which h5py makes bytes.
             check_reads(source, array.view("u1") if name == "flags" else array)
-            direct = name.startswith(("zlib", "blosc", "table"))
-            assert way(source) == ("direct" if direct else "h5py" if name == "flags" else "mmap"), name
+            direct = name.startswith(("zlib", "blosc"))
+            assert way(source) == ("direct" if direct else "h5py" if name == "flags" or "table" in name else "mmap"), name
     with hdf5(path, datasets=["table/x", "table/n"]) as source:
         assert torch.equal(source(7)["table/x"], torch.from_numpy(arrays["table/x"][7]))
         assert int(source(7)["table/n"]) == 7
@@ -304,5 +304,5 @@ def test_trap_a_filter_that_nobody_knows(tmp_path, writer):
         plist.set_filter(301, h5py.h5z.FLAG_OPTIONAL, ())
         h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_INT32, h5py.h5s.create_simple((4,)), plist)
         h5py.Dataset(file["x"].id).id.write_direct_chunk((0,), np.arange(4, dtype="i4").tobytes())
-    with pytest.raises(DataError, match=r"dataset 'x' in .*filter 301"):
+    with pytest.raises(DataError, match=r"dataset '/?x' in .*filter 301"):
         hdf5(tmp_path / "a.h5", "x")(0)

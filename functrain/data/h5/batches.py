@@ -45,7 +45,7 @@ def named_arrays(data: Tree, prefix: str) -> dict[str, np.ndarray]:
 
 def _leaves(data: Tree, prefix: str) -> Iterator[tuple[str, Any]]:
     if isinstance(data, tuple) and hasattr(data, "_fields"):
-        data = data._asdict()
+        data = dict(zip(data._fields, data))
     elif isinstance(data, (tuple, list)) and any(isinstance(item, (np.ndarray, Tensor, Mapping, tuple)) for item in data):
         data = {str(place): item for place, item in enumerate(data)}
     if not isinstance(data, Mapping):

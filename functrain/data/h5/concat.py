@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +13,7 @@ from functrain.data.h5.chunking import Storage
 from functrain.data.h5.files import intact, open_file
 from functrain.data.h5.joining import Progress, fill_value, write_joined
 from functrain.data.h5.members import Members, copy_attributes, members
-from functrain.data.h5.output import check_free, replacing
+from functrain.data.h5.output import Output, check_free, replacing
 from functrain.data.h5.parts import joined
 from functrain.data.h5.virtual import write_virtual
 from functrain.data.source import integer
@@ -83,12 +83,7 @@ def h5concat(
         fills = {each.name: fill_value(each, fill) for each in plan}
         aligned = not storage.chunked and all(each.model.chunks is None for each in plan)
         output = stack.enter_context(replacing(target, overwrite, align=aligned))
-        for each in files.values():
-            for name, group in each.groups.items():
-                new = name not in output.file
-                place = output.file.require_group(name)
-                if new or each is next(iter(files.values())):
-                    copy_attributes(group, place, each.path)
+        _make_groups(output, list(files.values())[: None if fill is not None else 1])
         state = Progress(output, progress, 0 if virtual else sum(part.bytes for each in plan for part in each.parts))
         for each in plan:
             if virtual:
@@ -98,6 +93,16 @@ def h5concat(
                 dataset = write_joined(output, each, storage, fills[each.name], limit, state)
             copy_attributes(each.model, dataset, each.parts[0].path)
         state.end()
+
+
+def _make_groups(output: Output, files: Iterable[Members]) -> None:
+    """The groups of these files, with the attributes of the first that has them."""
+    done: set[str] = set()
+    for one in files:
+        for name, group in one.groups.items():
+            if name not in done:
+                copy_attributes(group, output.file.require_group(name), one.path)
+        done.update(one.groups)
 
 
 def _grid(sources: Any, axis: Any) -> tuple[tuple[int, int | None], list[list[str]]]:

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from functrain.core.errors import ArgumentError, DataError, FunctrainError, MissingExtraError
+from functrain.core.errors import DataError, FunctrainError
+from functrain.data.h5.calls import Calls, LoneCalls
 
 T = TypeVar("T")
 
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.1
-_TIMEOUT = 60.0
 # What file systems call that by which one version of a file is told from another.
 _MARKS = (
     *("ETag", "etag", "md5Hash", "md5", "Content-MD5", "Digest", "generation", "version_id", "VersionId"),
@@ -28,65 +28,58 @@ class Version(NamedTuple):
 
 
 class Fetcher:
-    """The file at a URL, as one process reaches it: fsspec's file systems do not survive a fork.
-
-    Raises `MissingExtraError` without fsspec, or the package that it needs for this kind of URL, and `ArgumentError` for a
-    kind of URL, or options, that it has not.
-    """
+    """The file at a URL, as one process reaches it: fsspec's file systems do not survive a fork."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self.url = url
+        self.url, self._options = url, options
         self._closed = threading.Event()
-        try:
-            from fsspec.core import url_to_fs
-        except ImportError as error:
-            raise MissingExtraError.of("fsspec", "remote", f"reading {url!r}") from error
-        try:
-            # An instance of our own, which nobody else changes or closes.
-            self._system, self._path = url_to_fs(url, skip_instance_cache=True, **options)
-        except ImportError as error:
-            raise MissingExtraError(f"reading {url!r} needs a package that is not installed: {error}") from error
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(f"{url!r} cannot be opened with storage={dict(options)!r}: {error}") from error
-        protocol = self._system.protocol
-        self._http = "http" in ((protocol,) if isinstance(protocol, str) else protocol)
+        self._calls = Calls(url, options)
+        self._lone: LoneCalls | None = None
 
     def version(self) -> Version:
         """The version of the file that is there now; `DataError` for none, and for a server that gives whole files only."""
-        version = self._attempted("be found", self._version)
-        if self._http and version.size > 1:
+        version = self._attempted("be found", lambda: self._version(self._calls))
+        if self._calls.http and version.size > 1:
             self._attempted("be read in parts", lambda: self._check_parts(version.size))
         return version
 
-    def fetched(self, start: int, stop: int, version: Version) -> bytes:
-        """The bytes from `start` to `stop` of this version of the file.
+    def fetched(self, start: int, stop: int, version: Version, alone: bool = False) -> bytes:
+        """The bytes from `start` to `stop` of this version of the file; `alone`, without any other thread (see `LoneCalls`).
 
         A fetch that fails is tried 5 times. Raises `DataError` that names URL and offset where it fails for good, and where
         another version is there now.
         """
-        extra: dict[str, Any] = {"timeout": _TIMEOUT} if self._system.async_impl else {}
+        calls = self._alone() if alone else self._calls
+        extra: dict[str, Any] = {}
         tag = version.marks.get("ETag", "")
         # With a tag that is not weak, an HTTP server checks by itself, and before it answers.
-        guarded = self._http and tag.startswith('"')
-        if self._http:
+        guarded = calls.http and tag.startswith('"')
+        if calls.http:
             condition = {"If-Match": tag} if guarded else {}
-            extra["headers"] = {**self._system.kwargs.get("headers", {}), "Accept-Encoding": "identity", **condition}
+            extra["headers"] = {**calls.system.kwargs.get("headers", {}), "Accept-Encoding": "identity", **condition}
 
         def fetch() -> bytes:
-            data = self._system.cat_file(self._path, start=start, end=stop, **extra)
+            data = calls("cat_file", start=start, end=stop, **extra)
             if len(data) > stop - start:
                 raise self._unable()
             if len(data) < stop - start:
                 raise OSError(f"{len(data)} bytes came instead of {stop - start}")
-            if not guarded and self._version() != version:
+            if not guarded and self._version(calls) != version:
                 raise self._changed()
             return bytes(data)
 
         return self._attempted(f"be read at byte {start}", fetch)
 
+    def _alone(self) -> LoneCalls:
+        if self._lone is None:
+            self._lone = LoneCalls(self.url, self._options, self._calls.system.async_impl)
+        return self._lone
+
     def close(self) -> None:
         """End the attempts of all threads, of which the next is a `DataError`."""
         self._closed.set()
+        if self._lone is not None:
+            self._lone.close()
 
     # --- attempts --------------------------------------------------------------------------------------------
 
@@ -109,9 +102,9 @@ class Fetcher:
             self._closed.wait(_FIRST_PAUSE * 2 ** (attempt - 1))
         raise AssertionError("the last attempt returns or raises")
 
-    def _version(self) -> Version:
-        self._system.invalidate_cache()
-        about = self._system.info(self._path)
+    def _version(self, calls: Calls) -> Version:
+        calls.system.invalidate_cache()
+        about = calls("info")
         if about.get("type") == "directory":
             raise DataError(f"{self.url!r} is a directory, not an HDF5 file")
         if not isinstance(about.get("size"), int):
@@ -120,7 +113,7 @@ class Fetcher:
 
     def _check_parts(self, size: int) -> None:
         """Raise `DataError` for a web server that would send the whole file each time: of one byte, nothing more is read."""
-        with self._system.open(self._path, "rb", size=size, cache_type="none") as file:
+        with self._calls.system.open(self._calls.path, "rb", size=size, cache_type="none") as file:
             file.seek(size - 1)
             try:
                 file.read(1)

@@ -108,9 +108,10 @@ def _leaves_partial(plist: Any, itemsize: int) -> bool:
     copy.set_alloc_time(h5py.h5d.ALLOC_TIME_INCR)
     chunks = copy.get_chunk()
     with h5py.File("probe", "w", driver="core", backing_store=False) as file:
-        space = h5py.h5s.create_simple((chunks[0] + 1, *chunks[1:]))
+        shape = tuple(max(1, chunk - 1) for chunk in chunks)
+        space = h5py.h5s.create_simple(shape, (h5py.h5s.UNLIMITED,) * len(shape))
         dataset = h5py.Dataset(h5py.h5d.create(file.id, b"x", h5py.h5t.py_create(blank.dtype), space, copy))
-        dataset[(chunks[0], *[0] * (len(chunks) - 1))] = blank
+        dataset[(0,) * len(shape)] = blank
         file.flush()
         return bool(dataset.id.get_chunk_info(0).size == math.prod(chunks) * itemsize)
 
@@ -180,7 +181,8 @@ def _copy_chunks(output: Output, dataset: h5py.Dataset, target: h5py.Dataset, st
         for origin, place, offset, size, mask in entries:
             if offset >= 0:
                 piece = Piece(path, descriptor, offset, size)
-                if checksum and not mask & checksum and not (bare_edges and size == index.bytes):
+                bare = bare_edges and any(a + c > most for a, c, most in zip(origin, index.chunks, index.shape))
+                if checksum and not mask & checksum and not bare:
                     _verify(piece, f"{where} cannot be read: its chunk at {tuple(origin)}, byte {offset},")
                 output.place_chunk(target, tuple(place), piece, mask)
             elif not keeps_missing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import json
@@ -72,7 +71,7 @@ class RemoteBytes:
         return self._read(offset, size, alone=False)
 
     def read_alone(self, offset: int, size: int) -> bytes:
-        """Like `read`, waiting for no other thread: for one that holds a lock which those might want."""
+        """Like `read`, waiting for no other thread: for the one that holds HDF5's lock."""
         return self._read(offset, size, alone=True)
 
     def close(self) -> None:
@@ -115,7 +114,8 @@ class RemoteBytes:
         mine, theirs = self._claimed(here, [number for number, block in blocks.items() if block is None], alone)
         try:
             for run in _runs(list(mine)):
-                data = self._fetched(here, run.start * BLOCK, min(run.stop * BLOCK, self._version.size))
+                stop = min(run.stop * BLOCK, self._version.size)
+                data = here.fetcher.fetched(run.start * BLOCK, stop, self._version, alone)
                 for number in run:
                     block = data[(number - run.start) * BLOCK : (number - run.start + 1) * BLOCK]
                     here.blocks.put(number, block)
@@ -126,8 +126,8 @@ class RemoteBytes:
         for number, future in theirs.items():
             # What went wrong for another thread, each finds out by itself.
             failed = future.exception() is not None
-            start = number * BLOCK
-            blocks[number] = self._fetched(here, start, start + self._length(number)) if failed else future.result()
+            start, stop = number * BLOCK, number * BLOCK + self._length(number)
+            blocks[number] = here.fetcher.fetched(start, stop, self._version) if failed else future.result()
         return [(number, block or b"") for number, block in blocks.items()]
 
     def _claimed(self, here: _Here, missing: list[int], alone: bool) -> tuple[Coming, Coming]:
@@ -151,9 +151,6 @@ class RemoteBytes:
         for future in mine.values():
             if not future.done():
                 future.set_exception(DataError("not fetched"))
-
-    def _fetched(self, here: _Here, start: int, stop: int) -> bytes:
-        return here.fetcher.fetched(start, stop, self._version)
 
     def _length(self, number: int) -> int:
         return min(BLOCK, self._version.size - number * BLOCK)
@@ -184,15 +181,7 @@ class RemoteFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         size = max(0, min(len(view), self._raw.size() - self._place))
-        collecting = gc.isenabled()
-        # The thread that fetches must not collect garbage: objects of h5py wait for HDF5's lock before they die, and
-        # HDF5 waits here for that thread (h5py#2019).
-        gc.disable()
-        try:
-            view[:size] = self._raw.read_alone(self._place, size)
-        finally:
-            if collecting:
-                gc.enable()
+        view[:size] = self._raw.read_alone(self._place, size)
         self._place += size
         return size
 

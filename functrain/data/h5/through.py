@@ -10,6 +10,7 @@ from functrain.core.errors import DataError
 from functrain.data.h5.files import Handle, intact
 from functrain.data.h5.growing import current
 from functrain.data.h5.layout import Layout
+from functrain.data.h5.parameters import check_chunk
 
 if TYPE_CHECKING:
     import h5py
@@ -53,8 +54,10 @@ class Through:
         index = self.layout.index
         assert index is not None
         with intact(f"dataset {self.layout.name!r} in {self._file.path!r}, chunk {index.coordinates(number)}"):
-            region = index.region(number)
-            data = self._dataset()[region]
+            dataset, region = self._dataset(), index.region(number)
+            if self.layout.pipeline is not None:
+                check_chunk(dataset, index, self.layout.pipeline, number)
+            data = dataset[region]
             valid = tuple(slice(0, part.stop - part.start) for part in region)
             out.view(self.layout.dtype).reshape(index.chunks)[valid] = data
 
