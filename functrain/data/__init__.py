@@ -6,6 +6,7 @@ from functrain.data.concat import concat
 from functrain.data.deferred import sampled
 from functrain.data.episodes import episodes
 from functrain.data.foreign import source
+from functrain.data.h5.advice import h5advice
 from functrain.data.h5.concat import h5concat
 from functrain.data.h5.csr import csr
 from functrain.data.h5.hashes import content_hash
@@ -26,6 +27,7 @@ __all__ = [
     "content_hash",
     "csr",
     "episodes",
+    "h5advice",
     "h5concat",
     "h5inspect",
     "h5write",

@@ -414,10 +414,13 @@ def test_deferred_batches_pass_through():
     assert same(batch, ft.sampled(lambda keys: keys, 4)(3))
 
 
-def test_sources_survive_being_sent_to_another_process():
-    for source in (SOURCE.shuffle(0).batch(4), ft.source(Pairs()).split(0.5)[0], ft.source(numbers).batch(2)):
+def test_sources_survive_being_sent_to_another_process(tmp_path):
+    ft.h5write(tmp_path / "a.h5", {"x": torch.arange(40.0).reshape(20, 2)}, chunks=3, compression="gzip")
+    files = ft.hdf5([tmp_path / "a.h5", tmp_path / "a.h5"], threads=2)
+    for source in (SOURCE.shuffle(0).batch(4), ft.source(Pairs()).split(0.5)[0], ft.source(numbers).batch(2), files.batch(3)):
         source(1)
         assert same(pickle.loads(pickle.dumps(source))(1), source(1))
+    files.close()
 
 
 SPAWNED = """

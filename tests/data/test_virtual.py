@@ -68,7 +68,7 @@ def test_a_missing_source_is_named(tmp_path):
     [
         ({"y": np.zeros(3)}, "takes data from '/g/x' in .*b.h5', which does not have it"),
         ({"g": {"x": {"z": np.zeros(3)}}}, "which is no dataset"),
-        ({"g": {"x": np.zeros((2, 2))}}, r"up to \(3, 2\) from '/g/x' in .*b.h5', which has shape \(2, 2\)"),
+        ({"g": {"x": np.zeros((2, 2))}}, r"up to 6 from '/g/x' in .*b.h5', which has shape \(2, 2\)"),
         ({"g": {"x": np.zeros(3)}}, r"which has shape \(3,\)"),
     ],
 )
@@ -106,6 +106,34 @@ def test_parts_of_the_same_file_and_other_datasets_pass(tmp_path):
         file.create_virtual_dataset("v", layout)
     assert check(tmp_path / "a.h5", "v").tolist() == [1, 2]
     assert check(tmp_path / "a.h5", "x").tolist() == [0, 1, 2, 3]
+
+
+def test_a_source_of_which_a_part_is_taken_must_hold_it(tmp_path):
+    layout = h5py.VirtualLayout((2, 3), "f8")
+    layout[:] = h5py.VirtualSource("a.h5", "x", (6, 3))[3:5]
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file.create_virtual_dataset("x", layout)
+    for rows, fine in ((6, True), (5, True), (4, False)):
+        h5write(tmp_path / "a.h5", {"x": np.ones((rows, 3))}, overwrite=True)
+        if fine:
+            assert check(tmp_path / "all.h5", "x").tolist() == [[1, 1, 1]] * 2
+        else:
+            with pytest.raises(DataError, match=r"up to \(5, 3\) from 'x' in .*a.h5', which has shape \(4, 3\)"):
+                check(tmp_path / "all.h5", "x")
+
+
+def test_a_source_that_grows_is_as_long_as_it_is(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=np.arange(3.0), maxshape=(None,))
+    layout = h5py.VirtualLayout((3,), "f8", maxshape=(None,))
+    source = h5py.VirtualSource("a.h5", "x", (3,), maxshape=(None,))
+    layout[: h5py.h5s.UNLIMITED] = source[: h5py.h5s.UNLIMITED]
+    with h5py.File(tmp_path / "all.h5", "w", libver="latest") as file:
+        file.create_virtual_dataset("x", layout)
+    assert check(tmp_path / "all.h5", "x").tolist() == [0, 1, 2]
+    os.unlink(tmp_path / "a.h5")
+    with pytest.raises(DataError, match=r"'a\.h5', which is not there"):
+        check(tmp_path / "all.h5", "x")
 
 
 def test_strings_of_any_length_are_referred_to(tmp_path):

@@ -54,6 +54,15 @@ def check_reads(source, array):
     assert source(len(array) - 1).numpy().tobytes() == native[-1].tobytes()
 
 
+def check_bzip2(path, name, array):
+    """By h5py, if another test has brought it the filter; else an error that says what would."""
+    if h5py.h5z.filter_avail(307):
+        check_reads(hdf5(path, name), array)
+    else:
+        with pytest.raises(DataError, match=r"bzip2.*pip install hdf5plugin"):
+            hdf5(path, name)(0)
+
+
 # --- other libraries -------------------------------------------------------------------------------------------------
 
 
@@ -62,8 +71,7 @@ def test_pytables(wild):
     assert len(arrays) > 20
     for name, array in arrays.items():
         if "bzip2" in name:
-            with pytest.raises(DataError, match=r"bzip2.*pip install hdf5plugin"):
-                hdf5(path, name)(0)
+            check_bzip2(path, name, array)
             continue
         with hdf5(path, name, threads=2) as source:
             # Its booleans are fields of 8 bits, of which h5py makes bytes.
@@ -94,8 +102,7 @@ def test_netcdf(wild):
         assert "unpack=True" in str(source.explain())
     # A dimension without a variable is a dataset that was never written.
     assert hdf5(path, "lat")(0).tolist() == 0
-    with pytest.raises(DataError, match=r"bzip2.*pip install hdf5plugin"):
-        hdf5(path, "bzip2")(0)
+    check_bzip2(path, "bzip2", arrays["bzip2"])
 
 
 def test_anndata(wild):
@@ -191,7 +198,7 @@ TRAPS = {
         "direct",
         dict(chunks=(4, 4), filters=(("shuffle", ()), ("deflate", (4,)), ("fletcher32", ())), whole_edges=False),
     ),
-    "shuffled, with edges that are not": ("h5py", dict(chunks=(4, 4), filters=(("shuffle", ()),), whole_edges=False)),
+    "shuffled, with edges that are not": ("direct", dict(chunks=(4, 4), filters=(("shuffle", ()),), whole_edges=False)),
     "a chunk may skip its filters": ("direct", dict(chunks=(4, 4), filters=(("lzf", ()),), unfiltered=True)),
     "what was never written is the fill value": ("direct", dict(chunks=(2, 2), filters=(("lzf", ()),), written="part", fill=1)),
     "nothing was ever written": ("direct", dict(chunks=(4, 4), filters=(("lzf", ()),), written="none", fill=1)),

@@ -283,7 +283,7 @@ def test_what_an_iterator_raises_passes_as_it_is(tmp_path):
     ("batches", "options", "message"),
     [
         ([], {}, "there are no batches"),
-        ([{"x": np.zeros((2, 3))}, {"x": np.zeros((2, 4))}], {}, r"batch 1 has 'x' as \(2, 4\) float64: the first has rows \(3,\)"),
+        ([{"x": np.zeros((2, 3))}, {"x": np.zeros((2, 4))}], {}, r"batch 1 has 'x' as \(2, 4\) float64: .* rows \(3,\)"),
         ([{"x": np.zeros(2)}, {"x": np.zeros(2, "f4")}], {}, "batch 1 has 'x' as .* float32"),
         ([{"x": np.zeros(2)}, {"y": np.zeros(2)}], {}, "batch 1 has y: the first has x"),
         ([{"x": np.zeros(2), "y": np.zeros(3)}], {}, r"arrays of batch 0 must have the same first dimension .* 'y': \(3,\)"),

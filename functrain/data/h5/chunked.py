@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -193,29 +193,41 @@ class Direct:
         )
 
 
-def differing(index: ChunkIndex, direct: Direct, through: Through) -> str | None:
+def differing(index: ChunkIndex, direct: Direct, through: Through, edges: bool = True) -> str | None:
     """Why direct reading must not be used: an inner chunk, or one at the edge, comes out otherwise than through h5py.
 
     A chunk that h5py cannot read either is left for the reader to find.
     """
-    for number in _samples(index):
-        ours, theirs = np.zeros(index.bytes, np.uint8), np.zeros(index.bytes, np.uint8)
-        try:
-            through.chunk(number, theirs)
-            problem = direct.trial(number, ours)
-        except (DataError, ShortError):
-            continue
-        if problem is None:
-            valid = tuple(slice(0, part.stop - part.start) for part in index.region(number))
-            first, second = (data.reshape(*index.chunks, index.itemsize)[valid] for data in (ours, theirs))
-            problem = None if np.array_equal(first, second) else "its numbers are others than h5py's"
-        if problem is not None:
-            return f"chunk {index.coordinates(number)}: {problem}"
+    for number in _samples(index, edges):
+        with suppress(DataError, ShortError):
+            problem = _compared(index, direct, through, number)
+            if problem is not None:
+                return f"chunk {index.coordinates(number)}: {problem}"
     return None
 
 
-def _samples(index: ChunkIndex) -> Iterator[int]:
-    """The first chunk that is there, which is an inner one if any is, and the last, which is at the edge."""
-    there = np.flatnonzero(index.offset >= 0)
-    if len(there):
-        yield from sorted({int(there[0]), int(there[-1])})
+def unfiltered(index: ChunkIndex, direct: Direct, through: Through) -> bool:
+    """Whether a chunk at the edge, read without undoing filters, is what h5py reads: then none of them is filtered."""
+    number = int(np.flatnonzero(index.edges & (index.offset >= 0))[0])
+    with suppress(DataError, ShortError):
+        return _compared(index, direct, through, number) is None
+    return False
+
+
+def _compared(index: ChunkIndex, direct: Direct, through: Through, number: int) -> str | None:
+    """What is wrong with a chunk as it is read directly; `DataError` or `ShortError` where there is nothing to compare with."""
+    ours, theirs = np.zeros(index.bytes, np.uint8), np.zeros(index.bytes, np.uint8)
+    through.chunk(number, theirs)
+    problem = direct.trial(number, ours)
+    if problem is not None:
+        return problem
+    valid = tuple(slice(0, part.stop - part.start) for part in index.region(number))
+    first, second = (data.reshape(*index.chunks, index.itemsize)[valid] for data in (ours, theirs))
+    return None if np.array_equal(first, second) else "its numbers are others than h5py's"
+
+
+def _samples(index: ChunkIndex, edges: bool) -> list[int]:
+    """The first and the last of the inner chunks that are there, and of those at the edge."""
+    there, edge = index.offset >= 0, index.edges
+    kinds = [np.flatnonzero(there & ~edge), np.flatnonzero(there & edge & edges)]
+    return sorted({int(number) for kind in kinds for number in (*kind[:1], *kind[-1:])})

@@ -79,6 +79,11 @@ class Pipeline:
         """Whether there are no filters."""
         return not self.filters
 
+    @property
+    def reorders(self) -> bool:
+        """Whether all it does is to put the bytes of a chunk in another order."""
+        return bool(self._steps) and all(codec is not None and not codec.compresses for _, codec in self._steps)
+
     def __str__(self) -> str:
         return "+".join(map(str, self.filters)) or "no filter"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +46,25 @@ class ChunkIndex:
         """The part of the dataset that a chunk holds."""
         starts = [place * chunk for place, chunk in zip(self.coordinates(number), self.chunks)]
         return tuple(slice(start, min(start + c, size)) for start, c, size in zip(starts, self.chunks, self.shape))
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Which chunks reach beyond the shape, bool."""
+        beyond = np.zeros(self.grid, np.bool_)
+        for axis, (size, chunk) in enumerate(zip(self.shape, self.chunks)):
+            if size % chunk:
+                beyond[(slice(None),) * axis + (-1,)] = True
+        return beyond.reshape(-1)
+
+    def unfiltered_edges(self) -> ChunkIndex | None:
+        """The same chunks, if those at the edge were stored without filters; None where their sizes say otherwise.
+
+        HDF5 can be told to leave them so, marks none of them, and h5py cannot tell.
+        """
+        edges = self.edges & (self.offset >= 0)
+        if not edges.any() or self.mask[edges].any() or (self.size[edges] != self.bytes).any():
+            return None
+        return replace(self, mask=np.where(edges, np.uint32(0xFFFFFFFF), self.mask))
 
     def __len__(self) -> int:
         return len(self.offset)

@@ -88,12 +88,12 @@ class Mapped:
         piece = self._bytes.shape[-1]
         if isinstance(where, slice):
             self._memory.touch(self._before, piece * (where.stop - where.start))
-            picked = self._bytes[(slice(None),) * axis + (where,)]
+            rows = self._bytes[(slice(None),) * axis + (where,)].copy()
         else:
             self._memory.touch(self._before * len(where), piece)
-            picked = np.take(self._bytes, where, axis=axis)
-        rows = np.moveaxis(picked, axis, 0)
-        rows = rows.copy() if isinstance(where, slice) else np.ascontiguousarray(rows)
+            rows = self._bytes.take(where, axis)
+        if axis:
+            rows = np.ascontiguousarray(np.moveaxis(rows, axis, 0))
         return rows.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
 
     @property

@@ -30,48 +30,67 @@ class Bytes(Protocol):
         ...
 
 
+class _Descriptor:
+    """An open file, closed when nobody reads from it any more: its number may be another file's from then on."""
+
+    def __init__(self, path: str) -> None:
+        # Not waiting: a FIFO may have taken the file's place.
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class LocalBytes:
     """The bytes of a file on this machine: the one that was there when it was opened, whatever takes its place."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            # Not waiting: a FIFO may have taken the file's place.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._file: _Descriptor | None = _Descriptor(path)
         except OSError as error:
             raise DataError(f"{path!r} cannot be opened: {error}") from error
 
-    def size(self) -> int:
-        return os.fstat(self._descriptor).st_size
+    def _open(self) -> _Descriptor:
+        file = self._file
+        if file is None:
+            raise DataError(f"{self.path!r} was closed")
+        return file
 
-    def read(self, offset: int, size: int) -> bytes:
-        # The system gives at most 2 GiB at once, and less at the end of the file.
-        try:
-            data = os.pread(self._descriptor, size, offset)
-            while len(data) < size:
-                more = os.pread(self._descriptor, size - len(data), offset + len(data))
-                if not more:
-                    raise DataError(f"{self.path!r} ends at {self.size()} bytes, before byte {offset + size}: it was cut short")
-                data += more
-        except OSError as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{self.path!r} cannot be read at byte {offset}: {error}") from error
-        return data
+    def size(self) -> int:
+        file = self._open()
+        return os.fstat(file.number).st_size
+
+    def read(self, offset: int, size: int) -> memoryview:
+        # Before memory is taken: a damaged size may be anything.
+        if offset + size > self.size():
+            raise self._short(offset + size)
+        buffer = np.empty(size, np.uint8)
+        self.fill(offset, buffer)
+        return buffer.data
 
     def fill(self, offset: int, buffer: np.ndarray) -> None:
         """Exactly the bytes from `offset` that `buffer`, uint8, has room for: without memory of their own."""
+        file = self._open()
+        done = 0
         try:
-            got = os.preadv(self._descriptor, [buffer.data], offset)
+            while done < len(buffer):
+                # The system gives at most 2 GiB at once.
+                got = os.preadv(file.number, [buffer[done:].data], offset + done)
+                if not got:
+                    raise self._short(offset + len(buffer))
+                done += got
+        except DataError:
+            raise
         except OSError as error:
-            raise DataError(f"{self.path!r} cannot be read at byte {offset}: {error}") from error
-        if got < len(buffer):
-            buffer[got:] = np.frombuffer(self.read(offset + got, len(buffer) - got), np.uint8)
+            raise DataError(f"{self.path!r} cannot be read at byte {offset + done}: {error}") from error
+
+    def _short(self, end: int) -> DataError:
+        return DataError(f"{self.path!r} ends at {self.size()} bytes, before byte {end}: it was cut short")
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file = None
 
 
 def is_url(path: str) -> bool:

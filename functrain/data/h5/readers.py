@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from functrain.data.budget import Budget
-from functrain.data.h5.chunked import Chunked, Direct, differing
+from functrain.data.h5.chunked import Chunked, Direct, differing, unfiltered
 from functrain.data.h5.files import Handle
 from functrain.data.h5.growing import Growing
 from functrain.data.h5.layout import Layout
@@ -71,14 +71,21 @@ class Readers:
         if layout.way == "h5py":
             return Chunked(layout, index, through, self.budget, self.pool)
         direct = Direct(layout, index, pipeline, self._file(layout.file), through)
-        difference = differing(index, direct, through)
+        edges = None if pipeline.plain else index.unfiltered_edges()
+        # Nothing tells whether such were shuffled: h5py knows.
+        apart = self.handle.swmr or (pipeline.reorders and edges is not None)
+        if edges is not None and not apart:
+            bare = Direct(layout, edges, pipeline, self._file(layout.file), through)
+            if unfiltered(edges, bare, through):
+                index, direct = edges, bare
+        difference = differing(index, direct, through, edges=not apart)
         if difference is not None:
             reason = f"read through h5py, as direct decoding went wrong ({difference})"
             warnings.warn(f"dataset {layout.name!r} in {layout.file!r} is {reason}", RuntimeWarning, stacklevel=4)
             return Chunked(layout.by_h5py(reason), index, through, self.budget, self.pool)
         if layout.way == "mmap":
             return MappedChunks(self._map(layout.file), layout, index)
-        load = Growing(index, direct, through) if self.handle.swmr else direct
+        load = Growing(index, direct, through) if apart else direct
         return Chunked(layout, index, load, self.budget, self.pool)
 
     def _map(self, path: str) -> Map:

@@ -60,6 +60,10 @@ class Shelf:
         self._most = _most()
         self._end = weakref.finalize(self, self._pool.close)
 
+    def __reduce__(self) -> tuple[type[Shelf], tuple[Access, Mapping[str, Identity]]]:
+        # Another process opens the files itself.
+        return Shelf, (self._access, self._identities)
+
     def file(self, path: str) -> OpenFile:
         """One of the files, open for as long as it is held."""
         if self.closed:

@@ -10,7 +10,7 @@ from functrain.core.errors import DataError
 from functrain.data.h5.files import Handle, intact
 from functrain.data.h5.growing import current
 from functrain.data.h5.layout import Layout
-from functrain.data.h5.parameters import check_chunk
+from functrain.data.h5.parameters import check_chunk, lacking
 
 if TYPE_CHECKING:
     import h5py
@@ -51,13 +51,17 @@ class Through:
 
     def chunk(self, number: int, out: np.ndarray) -> None:
         """The bytes of a chunk; of one at the edge, what lies within the shape."""
-        index = self.layout.index
+        index, pipeline = self.layout.index, self.layout.pipeline
         assert index is not None
+        assert pipeline is not None
         with intact(f"dataset {self.layout.name!r} in {self._file.path!r}, chunk {index.coordinates(number)}"):
             dataset, region = self._dataset(), index.region(number)
-            if self.layout.pipeline is not None:
-                check_chunk(dataset, index, self.layout.pipeline, number)
-            data = dataset[region]
+            check_chunk(dataset, index, pipeline, number)
+            try:
+                data = dataset[region]
+            except OSError as error:
+                missing = lacking(pipeline)
+                raise OSError(f"h5py lacks the filter {missing}" if missing else str(error)) from error
             valid = tuple(slice(0, part.stop - part.start) for part in region)
             out.view(self.layout.dtype).reshape(index.chunks)[valid] = data
 

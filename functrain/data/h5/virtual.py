@@ -77,7 +77,7 @@ def _check(dataset: h5py.Dataset, above: tuple[str, ...]) -> None:
             if file is None:
                 file = files[name] = open_file(_there(dataset, name, where))
             source = _source(file, inner, where)
-            if len(source.shape or ()) != len(needed) or any(have < need for have, need in zip(source.shape, needed)):
+            if not _enough(source, needed):
                 raise DataError(
                     f"{where} takes elements up to {needed} from {inner!r} in {file.filename!r}, which has shape "
                     f"{source.shape}: what is missing would be read as fill values"
@@ -88,19 +88,39 @@ def _check(dataset: h5py.Dataset, above: tuple[str, ...]) -> None:
             file.close()
 
 
-def _sources(dataset: h5py.Dataset) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """The file and name of each source, and the shape that it must have at least."""
+# The shape that a source must have at least, its size where it is taken whole, or None where it may have any.
+_Needed = tuple[int, ...] | int | None
+
+
+def _enough(source: h5py.Dataset, needed: _Needed) -> bool:
+    if not isinstance(needed, tuple):
+        return needed is None or bool(source.size == needed)
+    shape = source.shape or ()
+    return len(shape) == len(needed) and all(have >= need for have, need in zip(shape, needed))
+
+
+def _sources(dataset: h5py.Dataset) -> Iterator[tuple[str, str, _Needed]]:
+    """The file and name of each source, and what it must hold."""
+    import h5py
+
     plist = dataset.id.get_create_plist()
     for number in range(plist.get_virtual_count()):
         names = plist.get_virtual_filename(number), plist.get_virtual_dsetname(number)
         # What is left of a name without "%%" has a number in it: as many as there are belong to the dataset.
         if any("%" in name.replace("%%", "") for name in names):
             continue
-        space = plist.get_virtual_srcspace(number)
-        if not space.get_select_npoints() or -1 in (space.get_select_npoints(), *space.shape):
-            continue
+        space, there = plist.get_virtual_srcspace(number), plist.get_virtual_vspace(number)
         name, inner = (name.replace("%%", "%") for name in names)
-        yield name, inner, tuple(last + 1 for last in space.get_select_bounds()[1])
+        try:
+            count = there.get_select_npoints()
+        except RuntimeError:
+            # Without end, of a source that grows: as much as there is.
+            count = None
+        if count is None or space.get_select_type() == h5py.h5s.SEL_ALL:
+            # The file does not hold the shape of a source that is taken whole.
+            yield name, inner, count
+        elif count and space.get_select_type() == h5py.h5s.SEL_HYPERSLABS:
+            yield name, inner, tuple(last + 1 for last in space.get_select_bounds()[1])
 
 
 def _there(dataset: h5py.Dataset, name: str, where: str) -> str:

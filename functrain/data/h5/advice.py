@@ -1,0 +1,257 @@
+"""What the layout of a file costs, and what a better one would give, measured on the file."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from functrain.core.errors import ArgumentError, DataError
+from functrain.core.explain import readable
+from functrain.data.h5.files import dataset_of, found, intact, opened
+from functrain.data.h5.index import grid_of
+from functrain.data.h5.measuring import Extent, Speeds, by_functrain, by_h5py
+from functrain.data.h5.members import members
+from functrain.data.h5.virtual import check_virtual
+from functrain.data.h5.write import h5write
+from functrain.data.source import integer
+
+if TYPE_CHECKING:
+    import h5py
+
+# Read of each dataset, of all of them together, and measured of how many.
+_SAMPLE, _TOGETHER, _MOST = 1 << 23, 1 << 25, 8
+_ZSTD = 32015
+
+
+class Figures(NamedTuple):
+    """A layout, with what it takes and gives: bytes on disk for the whole dataset, bytes a second and rows a second.
+
+    `options` are the arguments of `h5write` for it, None for the layout at hand. Speeds are those of a warm page cache, in
+    order and in random batches; None where nothing reads such rows.
+    """
+
+    layout: str
+    options: dict[str, Any] | None
+    stored: int
+    in_order: float | None
+    at_random: float | None
+    in_order_h5py: float | None
+    at_random_h5py: float | None
+
+
+class DatasetAdvice(NamedTuple):
+    """One dataset: the layout at hand first, then others, and a sentence on what to do."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunks_per_sample: int
+    figures: tuple[Figures, ...]
+    advice: str
+
+
+class Advice(NamedTuple):
+    """The datasets of a file that were measured, the largest first, and the names of those that were not."""
+
+    path: str
+    batch: int
+    datasets: tuple[DatasetAdvice, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}, random batches of {self.batch}"]
+        for each in self.datasets:
+            lines += ["", f"{each.name} {each.shape} {each.dtype}", *_table(each.figures), each.advice]
+        if self.left_out:
+            lines += ["", f"not measured: {', '.join(self.left_out)}"]
+        return "\n".join(lines)
+
+
+def h5advice(path: str | os.PathLike[str], group: str | None = None, *, batch: int = 128, seconds: float = 2.0) -> Advice:
+    """What the layout of datasets `(N, …)` costs, and what other layouts would give, measured on the file.
+
+    A sample of each dataset (8 MiB, less of many; at least what one chunk of rows holds) is read as it lies, and written to a
+    temporary file in other layouts: contiguous, and whole rows in chunks of 1 MiB with lzf, gzip or zstd (where its filter is
+    there). `print` shows a table: bytes on disk for the whole dataset, MB/s in order, rows/s in random batches of `batch`, by
+    functrain and by h5py, on one thread, out of the page cache; and a sentence of advice. The eight largest datasets
+    are measured, for about `seconds` in all.
+
+    - `group`: a group, or a dataset; default all of the file.
+
+    Raises `DataError` for a file that cannot be read, or has no datasets with rows, and `ArgumentError` for sizes below 1.
+
+    >>> import functrain as ft, numpy as np, tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> ft.h5write(folder.name + "/a.h5", {"x": np.zeros((2000, 8, 8), "f4")}, chunks=(2000, 1, 1))
+    >>> advice = ft.h5advice(folder.name + "/a.h5", seconds=0.1)
+    >>> advice.datasets[0].chunks_per_sample
+    64
+    >>> folder.cleanup()
+    """
+    target = os.fspath(path)
+    batch = integer("batch", batch, 1)
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+        raise ArgumentError(f"seconds must be a number above 0, got {seconds!r}")
+    with opened(target) as file:
+        chosen = sorted(_chosen(file, target, group), key=lambda item: -item[1].nbytes)
+        measured = chosen[:_MOST]
+        # Two speeds by two readers, for each layout.
+        share = seconds / (len(measured) * 4 * (1 + len(_candidates())))
+        with tempfile.TemporaryDirectory() as folder:
+            advised = [
+                _advised(dataset, target, name, batch, _TOGETHER // len(measured), share, f"{folder}/sample.h5")
+                for name, dataset in measured
+            ]
+    return Advice(target, batch, tuple(advised), tuple(name for name, _ in chosen[_MOST:]))
+
+
+def _chosen(file: h5py.File, path: str, group: str | None) -> list[tuple[str, h5py.Dataset]]:
+    import h5py
+
+    base = found(file, path, group)
+    if isinstance(base, h5py.Group):
+        inside = (group or "").strip("/")
+        prefix = f"/{inside}/" if inside else "/"
+        with intact(repr(path)):
+            named = [(name, item) for name, item in members(file, path).datasets.items() if name.startswith(prefix)]
+    else:
+        named = [(f"/{(group or '').strip('/')}", dataset_of(base, path, group or ""))]
+    rows = [(name, item) for name, item in named if item.shape and item.size]
+    if not rows:
+        raise DataError(f"{group or '/'!r} in {path!r} holds no datasets (N, …) with rows: there is nothing to measure")
+    return rows
+
+
+# --- one dataset ---------------------------------------------------------------------------------------------
+
+
+def _advised(
+    dataset: h5py.Dataset, path: str, name: str, batch: int, most: int, seconds: float, scratch: str
+) -> DatasetAdvice:
+    with intact(f"dataset {name!r} in {path!r}"):
+        check_virtual(dataset)
+        extent, beside = _extent(dataset, batch, min(most, _SAMPLE))
+        sample = dataset[extent.start : extent.start + extent.rows]
+    figures = [_figures(_at_hand(dataset), None, dataset.id.get_storage_size(), path, name, extent, len(dataset), seconds)]
+    for layout, options in _candidates() if _writable(sample) else ():
+        h5write(scratch, {"x": sample}, overwrite=True, **options)
+        with opened(scratch) as file:
+            run = file["x"].chunks[0] if file["x"].chunks else 1
+            stored = round(file["x"].id.get_storage_size() / sample.nbytes * dataset.nbytes)
+        there = Extent(0, extent.rows, run, batch, extent.size)
+        figures.append(_figures(layout, options, stored, scratch, "x", there, len(dataset), seconds))
+    return DatasetAdvice(name, dataset.shape, str(dataset.dtype), beside, tuple(figures), _sentence(figures, beside))
+
+
+def _extent(dataset: h5py.Dataset, batch: int, most: int) -> tuple[Extent, int]:
+    """The rows to look at, in the middle of the dataset, and how many chunks a row lies in."""
+    size = max(1, dataset.nbytes // len(dataset))
+    chunks = dataset.chunks or (1, *dataset.shape[1:])
+    beside = math.prod(grid_of(dataset.shape[1:], chunks[1:]))
+    run = min(chunks[0], len(dataset))
+    # Whatever of a chunk is looked at, all of it is decoded.
+    decoded = max(1, math.prod(chunks) * dataset.dtype.itemsize * beside)
+    rows = min(len(dataset), max(1, most // size) if run == 1 else run * max(1, most // decoded))
+    if decoded > most:
+        rows = min(rows, max(1, most // size))
+    start = (len(dataset) - rows) // 2
+    return Extent(start - start % run, rows, run, batch, size), beside
+
+
+def _figures(
+    layout: str, options: dict[str, Any] | None, stored: int, path: str, name: str, extent: Extent, whole: int, seconds: float
+) -> Figures:
+    ours, theirs = (read(path, name, extent, whole, seconds) for read in (by_functrain, by_h5py))
+
+    def scaled(speeds: Speeds) -> float | None:
+        return None if speeds.in_order is None else speeds.in_order * extent.size
+
+    return Figures(layout, options, stored, scaled(ours), ours.at_random, scaled(theirs), theirs.at_random)
+
+
+def _at_hand(dataset: h5py.Dataset) -> str:
+    from functrain.data.h5.filters import Pipeline
+
+    if dataset.chunks is None:
+        return "as it is: not chunked"
+    return f"as it is: {'x'.join(map(str, dataset.chunks))}, {Pipeline.of(dataset)}"
+
+
+def _candidates() -> list[tuple[str, dict[str, Any]]]:
+    import h5py
+
+    layouts: list[tuple[str, dict[str, Any]]] = [
+        ("contiguous", {"layout": "contiguous"}),
+        ("rows, shuffle+lzf", {"shuffle": True, "compression": "lzf"}),
+        ("rows, shuffle+gzip", {"shuffle": True, "compression": "gzip"}),
+    ]
+    if h5py.h5z.filter_avail(_ZSTD):
+        layouts.append(("rows, shuffle+zstd", {"shuffle": True, "compression": _ZSTD}))
+    return layouts
+
+
+def _writable(sample: Any) -> bool:
+    return isinstance(sample, np.ndarray) and sample.dtype.kind in "biufcSV" and not sample.dtype.hasobject
+
+
+# --- in words ------------------------------------------------------------------------------------------------
+
+
+def _sentence(figures: list[Figures], beside: int) -> str:
+    now = figures[0]
+    scattered = f"One sample lies in {beside} chunks, all of which are decoded for it. " if beside > 1 else ""
+    others = [each for each in figures[1:] if each.at_random is not None and each.in_order is not None]
+    if now.at_random is None or now.in_order is None or not others:
+        return f"{scattered}No tensor holds such elements: they are not read for training."
+    best = max(others, key=lambda each: each.at_random or 0.0)
+    small = min(others, key=lambda each: each.stored)
+    if (best.at_random or 0.0) < 1.5 * now.at_random:
+        spared = f" ({small.layout} would take {readable(small.stored)})" if small.stored < 0.8 * now.stored else ""
+        return f"{scattered}Keep it: no other layout reads random rows much faster{spared}."
+    text = f"{scattered}{_gain(best, now)}"
+    if small is not best and small.stored < 0.8 * best.stored and (small.at_random or 0.0) > now.at_random:
+        text += f"; {_gain(small, now)}"
+    return f"{text}. Write it so: h5write(new, hdf5(path, …), {_arguments(best)})."
+
+
+def _gain(one: Figures, now: Figures) -> str:
+    random, order = ((getattr(one, name) or 0.0) / (getattr(now, name) or 1.0) for name in ("at_random", "in_order"))
+    return (
+        f"{one.layout} would read random rows {random:.1f} times as fast, rows in order {order:.1f} times, "
+        f"and take {readable(one.stored)} instead of {readable(now.stored)}"
+    )
+
+
+def _arguments(one: Figures) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in (one.options or {}).items())
+
+
+def _table(figures: tuple[Figures, ...]) -> Iterator[str]:
+    head = ("layout", "on disk", "MB/s in order", "random rows/s", "h5py: MB/s", "rows/s")
+    rows = [
+        (
+            each.layout,
+            readable(each.stored),
+            *(
+                "-" if speed is None else f"{speed / scale:,.0f}"
+                for speed, scale in (
+                    (each.in_order, 1e6),
+                    (each.at_random, 1),
+                    (each.in_order_h5py, 1e6),
+                    (each.at_random_h5py, 1),
+                )
+            ),
+        )
+        for each in figures
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in (head, *rows):
+        yield "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+
+
+__all__ = ["Advice", "DatasetAdvice", "Figures", "h5advice"]
