@@ -12,7 +12,7 @@ from bench.race import Result
 
 BENCHES = (
     "step", "mixed", "repeat", "population", "optim", "unroll", "parallel", "reduce", "private", "robust", "prefetch", "hdf5",
-    "shuffle", "memory", "start",
+    "shuffle", "concat", "memory", "start",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ they are: windows of three days that never cross from one station into another, 
 with the error on stations that it never saw, beside that of "tomorrow is like today".
 
     functrain train examples/stations.py                       the same as a run: checkpoints, curves, resume
-    python examples/stations.py --picture stations.png         with a picture of the curves and of some forecasts
+    python examples/stations.py --picture stations.png         with a picture of the curves
 """
 
 from __future__ import annotations
@@ -266,7 +266,9 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     for (name, label), colour, style in zip(names.items(), ("#3b6fb6", "#e08214", "#666666"), ("-o", "-o", "--")):
         axes.plot(epochs, [row[name] for row in rows], style, color=colour, markersize=4, label=label)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("error of tomorrow's hourly temperature, °C (root mean square)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylabel("error of hourly temperatures, °C (RMS)")
+    axes.set_title("Tomorrow's temperature")
     axes.set_ylim(0)
     axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +286,7 @@ def main(config: Config, picture: Path | None = None) -> None:
     files = station_files(config.data, config.stations, config.years)
     print(f"{len(files)} files; the first one, as `functrain data inspect {files[0]}` shows it:\n")
     show(ft.h5inspect(files[0]))
-    print(f"\n{ft.h5advice(files[0], 'observations')}\n")
+    print(f"\n{ft.h5advice(files[0], 'observations', seconds=1.0)}\n")
     memory = ft.Budget(config.memory)
     chosen = experiment(config, memory)
     print(ft.explain(chosen.train))

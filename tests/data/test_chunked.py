@@ -152,3 +152,25 @@ def test_a_chunk_that_is_damaged_is_named_with_its_place(tmp_path):
             reader.rows(slice(150, 250))
     assert reader.rows(np.array([399, 0])).tolist() == [399, 0]
     readers.close()
+
+
+@pytest.mark.parametrize("memory", [1000, 2**20])
+@pytest.mark.parametrize("chunks", [None, (4, 5, 6)])
+def test_mapped_rows_are_within_the_budget_or_read_from_the_file(tmp_path, chunks, memory):
+    path = str(tmp_path / "a.h5")
+    data = np.arange(37 * 5 * 6, dtype=">i4").reshape(SHAPE)
+    with h5py.File(path, "w") as file:
+        file["before"] = np.zeros(3, "u1")
+        file.create_dataset("x", data=data, chunks=chunks)
+    for axis in (0,) if chunks else (0, 1, 2):
+        budget = Budget(memory)
+        readers, reader = reader_of(path, "x", axis, memory=budget)
+        assert reader.layout.way == "mmap"
+        expected = np.moveaxis(data, axis, 0)
+        for where in (slice(1, 4), slice(0, len(expected)), np.array([3, 0, 3, 1]), np.array([len(expected) - 1])):
+            assert np.array_equal(reader.rows(where), expected[where])
+            assert budget.used <= memory
+        assert bool(budget.used) == (memory > 1000)
+        assert budget.used == 0 or budget.reserve(memory)
+        assert np.array_equal(reader.rows(np.array([2, 1])), expected[[2, 1]])
+        readers.close()

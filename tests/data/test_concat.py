@@ -218,6 +218,23 @@ def test_contiguous_parts_stay_contiguous_and_begin_at_a_page(tmp_path):
             assert np.array_equal(file["y"], np.concatenate([a[:, :1] for a in arrays], axis))
 
 
+def test_parts_that_are_copied_and_parts_that_are_decoded_lie_side_by_side(tmp_path):
+    lengths, joined = (5, 40_000, 7, 1, 30_000), []
+    paths = [tmp_path / f"{n}.h5" for n in range(len(lengths))]
+    for number, (path, length) in enumerate(zip(paths, lengths)):
+        joined.append(np.full(length, number, "i2"))
+        with h5py.File(path, "w") as file:
+            # The first says that all is contiguous; every other one is not.
+            file.create_dataset("x", data=joined[-1], chunks=(1,) if number % 2 and length == 1 else None)
+            if number % 2:
+                file.create_dataset("y", data=joined[-1])
+    h5concat(tmp_path / "all.h5", paths, fill=-1)
+    assert np.array_equal(read(tmp_path / "all.h5", "x"), np.concatenate(joined))
+    # What is missing is filled first, and what is there then copied over that.
+    filled = np.concatenate([array if number % 2 else np.full_like(array, -1) for number, array in enumerate(joined)])
+    assert np.array_equal(read(tmp_path / "all.h5", "y"), filled)
+
+
 def test_a_source_that_was_cut_short_leaves_no_destination(tmp_path):
     for options in ({}, {"chunks": (100,)}):
         with h5py.File(tmp_path / "a.h5", "w") as file:

@@ -8,11 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from functrain.core.errors import ArgumentError, DataError
 from functrain.core.explain import readable
 from functrain.data.h5.files import dataset_of, found, intact, opened
+from functrain.data.h5.filters import Pipeline
 from functrain.data.h5.index import grid_of
 from functrain.data.h5.measuring import Extent, Speeds, by_functrain, by_h5py
 from functrain.data.h5.members import members
@@ -25,6 +24,12 @@ if TYPE_CHECKING:
 
 # Read of each dataset, of all of them together, and measured of how many.
 _SAMPLE, _TOGETHER, _MOST = 1 << 23, 1 << 25, 8
+# What a chunk costs at least, as if it had so many bytes.
+_CHUNK = 1 << 11
+# A gain that is worth a copy of the file.
+_MUCH = 1.5
+# Less is in memory at once, whatever its layout.
+_SMALL = 1 << 20
 _ZSTD = 32015
 
 
@@ -99,15 +104,15 @@ def h5advice(path: str | os.PathLike[str], group: str | None = None, *, batch: i
         raise ArgumentError(f"seconds must be a number above 0, got {seconds!r}")
     with opened(target) as file:
         chosen = sorted(_chosen(file, target, group), key=lambda item: -item[1].nbytes)
-        measured = chosen[:_MOST]
-        # Two speeds by two readers, for each layout.
-        share = seconds / (len(measured) * 4 * (1 + len(_candidates())))
-        with tempfile.TemporaryDirectory() as folder:
-            advised = [
-                _advised(dataset, target, name, batch, _TOGETHER // len(measured), share, f"{folder}/sample.h5")
-                for name, dataset in measured
-            ]
-    return Advice(target, batch, tuple(advised), tuple(name for name, _ in chosen[_MOST:]))
+        names = [name for name, _ in chosen]
+        most = min(_SAMPLE, _TOGETHER // len(chosen[:_MOST]))
+        samples = [_sampled(dataset, target, name, batch, most) for name, dataset in chosen[:_MOST]]
+    # The file is closed now: an open dataset keeps chunks, which h5py would be measured with.
+    # Two speeds by two readers, for each layout; the other half of the time goes into writing.
+    share = seconds / 2 / (len(samples) * 4 * (1 + len(_candidates())))
+    with tempfile.TemporaryDirectory() as folder:
+        advised = [_advised(sample, target, f"{folder}/sample.h5", share) for sample in samples]
+    return Advice(target, batch, tuple(advised), tuple(names[_MOST:]))
 
 
 def _chosen(file: h5py.File, path: str, group: str | None) -> list[tuple[str, h5py.Dataset]]:
@@ -130,22 +135,46 @@ def _chosen(file: h5py.File, path: str, group: str | None) -> list[tuple[str, h5
 # --- one dataset ---------------------------------------------------------------------------------------------
 
 
-def _advised(
-    dataset: h5py.Dataset, path: str, name: str, batch: int, most: int, seconds: float, scratch: str
-) -> DatasetAdvice:
+class _Sample(NamedTuple):
+    """Rows of a dataset, and what is to be known of it when its file is closed again."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    at_hand: str
+    stored: int
+    chunked: bool
+    beside: int
+    extent: Extent
+    rows: Any
+
+
+def _sampled(dataset: h5py.Dataset, path: str, name: str, batch: int, most: int) -> _Sample:
     with intact(f"dataset {name!r} in {path!r}"):
         check_virtual(dataset)
-        extent, beside = _extent(dataset, batch, min(most, _SAMPLE))
-        sample = dataset[extent.start : extent.start + extent.rows]
-    figures = [_figures(_at_hand(dataset), None, dataset.id.get_storage_size(), path, name, extent, len(dataset), seconds)]
-    for layout, options in _candidates() if _writable(sample) else ():
-        h5write(scratch, {"x": sample}, overwrite=True, **options)
+        extent, beside = _extent(dataset, batch, most)
+        rows = dataset[extent.start : extent.start + extent.rows]
+        chunks = dataset.chunks
+        text = f"as it is: {'x'.join(map(str, chunks))}, {Pipeline.of(dataset)}" if chunks else "as it is: not chunked"
+        stored = dataset.id.get_storage_size()
+    return _Sample(name, dataset.shape, dataset.nbytes, text, stored, chunks is not None, beside, extent, rows)
+
+
+def _advised(sample: _Sample, path: str, scratch: str, seconds: float) -> DatasetAdvice:
+    extent, whole = sample.extent, sample.shape[0]
+    figures = [_figures(sample.at_hand, None, sample.stored, path, sample.name, extent, whole, seconds)]
+    for layout, options in _candidates() if _worthwhile(sample) else ():
+        if layout == "contiguous" and not sample.chunked:
+            continue
+        h5write(scratch, {"x": sample.rows}, overwrite=True, **options)
         with opened(scratch) as file:
             run = file["x"].chunks[0] if file["x"].chunks else 1
-            stored = round(file["x"].id.get_storage_size() / sample.nbytes * dataset.nbytes)
-        there = Extent(0, extent.rows, run, batch, extent.size)
-        figures.append(_figures(layout, options, stored, scratch, "x", there, len(dataset), seconds))
-    return DatasetAdvice(name, dataset.shape, str(dataset.dtype), beside, tuple(figures), _sentence(figures, beside))
+            stored = round(file["x"].id.get_storage_size() / sample.rows.nbytes * sample.size)
+        there = Extent(0, extent.rows, run, extent.batch, extent.size)
+        figures.append(_figures(layout, options, stored, scratch, "x", there, whole, seconds))
+    dtype = str(sample.rows.dtype)
+    advice = _sentence(figures, sample.beside, sample.chunked)
+    return DatasetAdvice(sample.name, sample.shape, dtype, sample.beside, tuple(figures), advice)
 
 
 def _extent(dataset: h5py.Dataset, batch: int, most: int) -> tuple[Extent, int]:
@@ -155,10 +184,11 @@ def _extent(dataset: h5py.Dataset, batch: int, most: int) -> tuple[Extent, int]:
     beside = math.prod(grid_of(dataset.shape[1:], chunks[1:]))
     run = min(chunks[0], len(dataset))
     # Whatever of a chunk is looked at, all of it is decoded.
-    decoded = max(1, math.prod(chunks) * dataset.dtype.itemsize * beside)
-    rows = min(len(dataset), max(1, most // size) if run == 1 else run * max(1, most // decoded))
-    if decoded > most:
-        rows = min(rows, max(1, most // size))
+    decoded = max(math.prod(chunks) * dataset.dtype.itemsize, _CHUNK) * beside
+    fit = max(1, most // size)
+    if dataset.chunks is not None:
+        fit = min(fit, run * max(1, most // decoded)) if decoded > most else run * (most // decoded)
+    rows = min(len(dataset), fit)
     start = (len(dataset) - rows) // 2
     return Extent(start - start % run, rows, run, batch, size), beside
 
@@ -174,14 +204,6 @@ def _figures(
     return Figures(layout, options, stored, scaled(ours), ours.at_random, scaled(theirs), theirs.at_random)
 
 
-def _at_hand(dataset: h5py.Dataset) -> str:
-    from functrain.data.h5.filters import Pipeline
-
-    if dataset.chunks is None:
-        return "as it is: not chunked"
-    return f"as it is: {'x'.join(map(str, dataset.chunks))}, {Pipeline.of(dataset)}"
-
-
 def _candidates() -> list[tuple[str, dict[str, Any]]]:
     import h5py
 
@@ -195,28 +217,33 @@ def _candidates() -> list[tuple[str, dict[str, Any]]]:
     return layouts
 
 
-def _writable(sample: Any) -> bool:
-    return isinstance(sample, np.ndarray) and sample.dtype.kind in "biufcSV" and not sample.dtype.hasobject
+def _worthwhile(sample: _Sample) -> bool:
+    """Whether another layout may be of use to a dataset, and can be written."""
+    dtype = sample.rows.dtype
+    return dtype.kind in "biufcSV" and not dtype.hasobject and sample.size >= _SMALL
 
 
 # --- in words ------------------------------------------------------------------------------------------------
 
 
-def _sentence(figures: list[Figures], beside: int) -> str:
+def _sentence(figures: list[Figures], beside: int, chunked: bool) -> str:
     now = figures[0]
     scattered = f"One sample lies in {beside} chunks, all of which are decoded for it. " if beside > 1 else ""
-    others = [each for each in figures[1:] if each.at_random is not None and each.in_order is not None]
-    if now.at_random is None or now.in_order is None or not others:
+    if now.at_random is None or now.in_order is None:
         return f"{scattered}No tensor holds such elements: they are not read for training."
+    others = [each for each in figures[1:] if each.at_random is not None]
+    if not others:
+        return f"{scattered}It is small: keep it."
     best = max(others, key=lambda each: each.at_random or 0.0)
     small = min(others, key=lambda each: each.stored)
-    if (best.at_random or 0.0) < 1.5 * now.at_random:
+    if (best.at_random or 0.0) < _MUCH * now.at_random:
         spared = f" ({small.layout} would take {readable(small.stored)})" if small.stored < 0.8 * now.stored else ""
         return f"{scattered}Keep it: no other layout reads random rows much faster{spared}."
     text = f"{scattered}{_gain(best, now)}"
-    if small is not best and small.stored < 0.8 * best.stored and (small.at_random or 0.0) > now.at_random:
+    if small is not best and small.stored < 0.8 * best.stored and (small.at_random or 0.0) > _MUCH * now.at_random:
         text += f"; {_gain(small, now)}"
-    return f"{text}. Write it so: h5write(new, hdf5(path, …), {_arguments(best)})."
+    instead = " Or leave it, and shuffle(seed, within=…) blocks of chunks, so that each is decoded once." if chunked else ""
+    return f"{text}. Write it so: h5write(new, hdf5(path, …), {_arguments(best)}).{instead}"
 
 
 def _gain(one: Figures, now: Figures) -> str:

@@ -48,7 +48,9 @@ class Chunked:
             where = np.arange(where.start, where.stop)
         numbers, inner = np.divmod(where, self.run)
         wanted = np.unique(numbers)
-        at_once = max(1, self._cache.slots // 2 // self._beside)
+        # Half of the places, so that another thread finds some too; all, where each chunk has its own.
+        slots = self._cache.slots if self._cache.slots == len(self._index) else self._cache.slots // 2
+        at_once = max(1, slots // self._beside)
         if self._whole and len(wanted) <= at_once:
             return self._rows(numbers, inner, wanted)
         shape = self.layout.row_shape
@@ -200,21 +202,13 @@ def differing(index: ChunkIndex, direct: Direct, through: Through, edges: bool =
     """
     for number in _samples(index, edges):
         with suppress(DataError, ShortError):
-            problem = _compared(index, direct, through, number)
+            problem = compared(index, direct, through, number)
             if problem is not None:
                 return f"chunk {index.coordinates(number)}: {problem}"
     return None
 
 
-def unfiltered(index: ChunkIndex, direct: Direct, through: Through) -> bool:
-    """Whether a chunk at the edge, read without undoing filters, is what h5py reads: then none of them is filtered."""
-    number = int(np.flatnonzero(index.edges & (index.offset >= 0))[0])
-    with suppress(DataError, ShortError):
-        return _compared(index, direct, through, number) is None
-    return False
-
-
-def _compared(index: ChunkIndex, direct: Direct, through: Through, number: int) -> str | None:
+def compared(index: ChunkIndex, direct: Direct, through: Through, number: int) -> str | None:
     """What is wrong with a chunk as it is read directly; `DataError` or `ShortError` where there is nothing to compare with."""
     ours, theirs = np.zeros(index.bytes, np.uint8), np.zeros(index.bytes, np.uint8)
     through.chunk(number, theirs)

@@ -86,7 +86,6 @@ class Storage:
         chunks = self.chunks_of(shape, itemsize, grows)
         options: dict[str, Any] = {}
         if chunks is not None:
-            # Written by whoever reads them, that is, all at once or not at all.
             options = {"chunks": chunks, "shuffle": self.shuffle or None, "fletcher32": self.checksum or None}
             options |= self._compression()
         if grows:

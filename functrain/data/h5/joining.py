@@ -80,13 +80,19 @@ def write_joined(
         for slab in slabs(target.shape, target.dtype.itemsize, memory):
             target[slab] = fill
             output.check()
+    raw = []
     for part in joined.parts:
         with intact(f"dataset {joined.name!r} in {part.path!r}"):
             reason = hindrance(part.dataset, target, part.start)
         if reason is None:
-            copy_bytes(output, part.dataset, target, part.start, progress.advance)
+            raw.append(part)
         else:
             _copy_decoded(output, part, target, memory, progress)
+    # Last: HDF5 may keep what it was given to write, with what lies around it, and write that later.
+    if len(raw) < len(joined.parts) or fill is not None:
+        target.flush()
+    for part in raw:
+        copy_bytes(output, part.dataset, target, part.start, progress.advance)
     return target
 
 

@@ -1,7 +1,8 @@
-"""Rows of contiguous datasets, out of a map of the file into memory."""
+"""Rows of datasets whose numbers stand in the file as they are."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
@@ -11,122 +12,122 @@ import numpy as np
 
 from functrain.core.errors import DataError
 from functrain.data.budget import Budget
-from functrain.data.h5.files import dataset_of, found, intact, opened
-from functrain.data.h5.index import ChunkIndex
+from functrain.data.h5.files import dataset_of, found, opened
 from functrain.data.h5.layout import Layout, layout_of
+from functrain.data.h5.raw import LocalBytes
 
 
-class Map:
-    """A whole file in memory, read-only, of which at most the budget's bytes stay."""
+class Region:
+    """A stretch of a file in memory, read-only, for as long as the budget has room for all of it."""
 
-    def __init__(self, path: str, budget: Budget) -> None:
-        self.path, self._budget = path, budget
-        with intact(repr(path)), open(path, "rb") as file:
-            self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Bytes of pages in memory, and since when: pages are let go of all at once.
-        self._held = self._since = 0
+    def __init__(self, file: LocalBytes, start: int, stop: int, budget: Budget, name: str) -> None:
+        self._file, self._budget, self._stop, self._name = file, budget, stop, name
+        self._memory, skipped = file.map(start, stop)
+        self.bytes = np.frombuffer(self._memory, np.uint8, stop - start, skipped)
+        # Bytes counted against the budget, and when they were last used: all of them, or none.
+        self._held = self._used_at = 0
         self._lock = threading.Lock()
         budget.on_pressure(self)
 
     def __del__(self) -> None:
-        self._budget.release(self._held)
+        if hasattr(self, "_held"):
+            self._budget.release(self._held)
 
-    def check(self, end: int, name: str) -> None:
-        """Raise `DataError` if the file has become shorter than `end` bytes."""
+    def usable(self) -> bool:
+        """Whether the stretch may be read here. Else it is to be read from the file: `check` has been made of its length."""
         # Reading a page past the end of the file kills the process (SIGBUS): ask for its size first, at 0.3 µs.
-        size = self.memory.size()
-        if size < end:
-            raise DataError(f"{self.path!r} shrank to {size} bytes since it was opened; dataset {name!r} needs {end}")
-
-    def touch(self, places: int, size: int) -> None:
-        """Count the pages that come into memory with `places` pieces of `size` bytes each, before they are read."""
-        whole = len(self.memory)
-        if self._held >= whole:
-            return
-        # The system maps the pages around one that is asked for too, 64 KiB in all.
-        new = min(places * (size + _AROUND), whole - self._held)
-        if not self._budget.reserve(new, self):
-            self.evict(whole)
-            self._budget.charge(new)
-        with self._lock:
-            self._since = self._since if self._held else self._budget.now()
-            self._held += new
+        self._file.check(self._stop, self._name)
+        if not self._held:
+            # One page that is looked at brings others, hundreds of KiB with some systems: so all are counted.
+            size = len(self._memory)
+            # Without the lock: others are evicted, which may want room from this one.
+            if not self._budget.reserve(size, self):
+                return False
+            with self._lock:
+                twice, self._held = self._held, size
+            self._budget.release(twice)
+        self._used_at = self._budget.now()
+        return True
 
     def oldest(self) -> int | None:
-        """Since when there are pages in memory; the budget compares."""
-        return self._since if self._held else None
+        """When it was last used; the budget compares."""
+        return self._used_at if self._held else None
 
     def evict(self, size: int) -> None:
         """Let go of all pages: they come again from the system's cache when they are looked at."""
         with self._lock:
             held, self._held = self._held, 0
             if held:
-                self.memory.madvise(mmap.MADV_DONTNEED)
+                self._memory.madvise(mmap.MADV_DONTNEED)
         self._budget.release(held)
 
 
-_AROUND = 1 << 16
-
-
 class Mapped:
-    """Rows of a contiguous dataset, copied out of the map."""
+    """Rows of a dataset whose numbers stand in the file as they are: contiguous, or in chunks of whole rows without a filter.
+
+    A row is `before` pieces of `piece` bytes (one, but for another sample axis than the first). Rows at scattered places come
+    out of a map of the file while that fits into the budget; neighbours, and what does not fit, are read into place.
+    """
 
     run = 1
 
-    def __init__(self, memory: Map, layout: Layout) -> None:
-        assert layout.offset is not None
-        self._memory, self.layout = memory, layout
-        self._end = layout.offset + layout.size
-        memory.check(self._end, layout.name)
-        # As bytes: a dataset may begin at an odd offset, and np.take would copy an unaligned array whole.
-        flat = np.frombuffer(memory.memory, np.uint8, layout.size, layout.offset)
-        self._bytes = flat.reshape(*layout.shape[: layout.axis + 1], -1)
+    def __init__(self, layout: Layout, file: LocalBytes, budget: Budget) -> None:
+        self.layout, self._file = layout, file
+        self._before = math.prod(layout.shape[: layout.axis])
+        self._piece = layout.size // (self._before * layout.length)
+        if layout.index is None:
+            assert layout.offset is not None
+            self._origins, self._stretch = np.array([layout.offset]), layout.length
+            stop = layout.offset + layout.size
+        else:
+            self._origins, self._stretch = layout.index.offset, layout.index.chunks[0]
+            stop = int(self._origins.max()) + layout.index.bytes
+        self._start = int(self._origins.min())
+        self._region = Region(file, self._start, stop, budget, layout.name)
+        # A row may begin at any byte, so each byte is the beginning of an element here; one by one, rows are gathered faster
+        # than as rows of a matrix.
+        size = len(self._region.bytes) - self._piece + 1
+        self._elements = np.ndarray((size,), np.dtype(f"V{self._piece}"), self._region.bytes, strides=(1,))
 
     def rows(self, where: slice | np.ndarray) -> np.ndarray:
-        self._memory.check(self._end, self.layout.name)
-        axis = self.layout.axis
-        piece = self._bytes.shape[-1]
+        usable = self._region.usable()
         if isinstance(where, slice):
-            self._memory.touch(self._before, piece * (where.stop - where.start))
-            rows = self._bytes[(slice(None),) * axis + (where,)].copy()
+            pieces = self._neighbours(where.start, where.stop)
         else:
-            self._memory.touch(self._before * len(where), piece)
-            rows = self._bytes.take(where, axis)
-        if axis:
-            rows = np.ascontiguousarray(np.moveaxis(rows, axis, 0))
-        return rows.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
+            starts = self._starts(where)
+            pieces = self._elements[starts - self._start] if usable else self._read(starts)
+        rows = pieces.view(self.layout.dtype).reshape(*self.layout.shape[: self.layout.axis], -1, *self._behind)
+        return np.ascontiguousarray(np.moveaxis(rows, self.layout.axis, 0)) if self.layout.axis else rows
 
     @property
-    def _before(self) -> int:
-        return math.prod(self.layout.shape[: self.layout.axis])
+    def _behind(self) -> tuple[int, ...]:
+        return self.layout.shape[self.layout.axis + 1 :]
 
-    def announce(self, indices: np.ndarray) -> None:
-        """Nothing to do: the system reads ahead."""
+    def _starts(self, rows: np.ndarray) -> np.ndarray:
+        """Where the pieces of these rows begin in the file, `before` by `before`."""
+        if len(self._origins) > 1:
+            stretches, rows = np.divmod(rows, self._stretch)
+            return self._origins[stretches] + rows * self._piece
+        starts = self._start + rows * self._piece
+        if self._before == 1:
+            return starts
+        return (np.arange(self._before)[:, None] * (self._stretch * self._piece) + starts).reshape(-1)
 
+    def _neighbours(self, start: int, stop: int) -> np.ndarray:
+        """The pieces of neighbouring rows: each stretch of them by one read."""
+        cuts = [start, *range((start // self._stretch + 1) * self._stretch, stop, self._stretch), stop]
+        result = np.empty((self._before, (stop - start) * self._piece), np.uint8)
+        for first, last in itertools.pairwise(cuts):
+            into = result[:, (first - start) * self._piece : (last - start) * self._piece]
+            for place, offset in enumerate(self._starts(np.array([first])).tolist()):
+                self._file.fill(offset, into[place])
+        return result.reshape(-1)
 
-class MappedChunks:
-    """Rows of a dataset whose chunks are whole rows without a filter, copied out of the map."""
-
-    def __init__(self, memory: Map, layout: Layout, index: ChunkIndex) -> None:
-        self._memory, self.layout, self._index = memory, layout, index
-        self.run = 1
-        self._chunk = index.chunks[0]
-        self._row = layout.size // layout.length
-        self._end = int(index.offset.max()) + index.bytes
-        memory.check(self._end, layout.name)
-        # A row may begin at any byte: each byte is the beginning of an element of this array.
-        self._elements = np.ndarray(
-            (len(memory.memory) - self._row + 1,), np.dtype(f"V{self._row}"), memory.memory, strides=(1,)
-        )
-
-    def rows(self, where: slice | np.ndarray) -> np.ndarray:
-        self._memory.check(self._end, self.layout.name)
-        if isinstance(where, slice):
-            where = np.arange(where.start, where.stop)
-        self._memory.touch(len(where), self._row)
-        numbers, inner = np.divmod(where, self._chunk)
-        picked = self._elements[self._index.offset[numbers] + inner * self._row]
-        return picked.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
+    def _read(self, starts: np.ndarray) -> np.ndarray:
+        result = np.empty((len(starts), self._piece), np.uint8)
+        for place, start in zip(result, starts.tolist()):
+            self._file.fill(start, place)
+        return result.reshape(-1)
 
     def announce(self, indices: np.ndarray) -> None:
         """Nothing to do: the system reads ahead."""

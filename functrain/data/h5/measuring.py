@@ -37,58 +37,69 @@ _CHUNKS_BYTES = 1 << 23
 
 
 def by_functrain(path: str, name: str, extent: Extent, whole: int, seconds: float) -> Speeds:
-    """The speeds of `hdf5` on one thread, which remembers no more than the chunks of one row; `whole` is the dataset's length."""
+    """The speeds of `hdf5` on one thread, of a dataset that has `whole` rows."""
     try:
-        source = hdf5(path, name, memory=max(1, extent.run * extent.size))
+        # Chunks that are remembered from batch to batch would not be in a dataset of many.
+        forgetful = hdf5(path, name, memory=2 * extent.run * extent.size)
     except DataError:
         return Speeds(None, None)
-    with source:
-        return _speeds(lambda rows: source.take(rows, 0), extent, whole, seconds)
+    with forgetful, hdf5(path, name) as source:
+        at_random = _at_random(lambda rows: forgetful.take(rows, 0), extent, whole, seconds)
+        return Speeds(_in_order(lambda rows: source.take(rows, 0), extent, seconds), at_random)
 
 
 def by_h5py(path: str, name: str, extent: Extent, whole: int, seconds: float) -> Speeds:
-    """The speeds of h5py: slices, and random rows as it wants them, in rising order."""
+    """The speeds of h5py: slices, and random rows as it wants them, in rising order; nobody else has the file open."""
+    import h5py
+
+    with opened(path) as file:
+        access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+        access.set_chunk_cache(521, 0, 1.0)
+        forgetful = h5py.Dataset(h5py.h5d.open(file.id, name.encode(), access))
+        at_random = _at_random(lambda rows: forgetful[np.sort(rows)], extent, whole, seconds)
     with opened(path) as file:
         dataset = file[name]
-
-        def take(rows: np.ndarray) -> object:
-            together = rows[-1] - rows[0] == len(rows) - 1
-            return dataset[rows[0] : rows[-1] + 1] if together else dataset[np.sort(rows)]
-
-        return _speeds(take, extent, whole, seconds)
+        return Speeds(_in_order(lambda rows: dataset[rows[0] : rows[-1] + 1], extent, seconds), at_random)
 
 
-def _speeds(take: Take, extent: Extent, whole: int, seconds: float) -> Speeds:
-    starts = range(extent.start, extent.start + extent.rows, extent.batch)
+def _in_order(take: Take, extent: Extent, seconds: float) -> float:
+    # Whole chunks at a time: of the batches that lie in one, the first alone decodes it.
+    stretch = -(-extent.batch // extent.run) * extent.run
     stop = extent.start + extent.rows
-    batches = [np.arange(start, min(start + extent.batch, stop)) for start in starts]
-    in_order = _rate(take, batches, seconds)
+    work = []
+    for start in range(extent.start, stop, stretch):
+        end = min(start + stretch, stop)
+        work.append([np.arange(first, min(first + extent.batch, end)) for first in range(start, end, extent.batch)])
+    return _rate(take, work, seconds)
+
+
+def _at_random(take: Take, extent: Extent, whole: int, seconds: float) -> float:
     runs = max(1, extent.rows // extent.run)
     count = int(min(extent.batch, runs, max(1, _CHUNKS_BYTES // max(1, extent.run * extent.size))))
     draw = np.random.default_rng(0)
-    scattered = []
+    work = []
     for _ in range(64):
         chosen = draw.choice(runs, count, replace=False) * extent.run + draw.integers(extent.run, size=count)
-        scattered.append(extent.start + np.minimum(chosen, extent.rows - 1))
-    apart = _rate(take, scattered, seconds)
+        work.append([extent.start + np.minimum(chosen, extent.rows - 1)])
+    apart = _rate(take, work, seconds)
     # Of a batch of random rows, those in one chunk are decoded together.
     every = max(1.0, whole / extent.run)
     distinct = every * (1 - (1 - 1 / every) ** extent.batch)
-    return Speeds(in_order, apart * extent.batch / max(1.0, distinct))
+    return apart * extent.batch / max(1.0, distinct)
 
 
-def _rate(take: Take, batches: list[np.ndarray], seconds: float) -> float:
-    """Rows a second, over as many batches as there is time for: at least one, the best of two halves."""
-    best, rows, start = 0.0, 0, time.perf_counter()
-    end, begun = start + seconds, start
-    for batch in batches:
-        take(batch)
-        rows += len(batch)
+def _rate(take: Take, work: list[list[np.ndarray]], seconds: float) -> float:
+    """Rows a second: the most of any piece of work, of as many as there is time for. The first is to warm up, if not alone."""
+    best, end = 0.0, time.perf_counter() + seconds
+    for number, batches in enumerate(work):
+        start = time.perf_counter()
+        for batch in batches:
+            take(batch)
         now = time.perf_counter()
-        if now - begun > seconds / 4 or now > end or batch is batches[-1]:
-            best, rows, begun = max(best, rows / max(now - begun, 1e-9)), 0, now
-        if now > end:
-            break
+        if number or len(work) == 1:
+            best = max(best, sum(map(len, batches)) / max(now - start, 1e-9))
+            if now > end:
+                break
     return best
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -85,6 +86,23 @@ class LocalBytes:
             raise
         except OSError as error:
             raise DataError(f"{self.path!r} cannot be read at byte {offset + done}: {error}") from error
+
+    def check(self, end: int, name: str) -> None:
+        """Raise `DataError` if the file has become shorter than the `end` bytes that the dataset `name` needs."""
+        size = self.size()
+        if size < end:
+            raise DataError(f"{self.path!r} shrank to {size} bytes since it was opened; dataset {name!r} needs {end}")
+
+    def map(self, start: int, stop: int) -> tuple[mmap.mmap, int]:
+        """The bytes from start to stop as read-only memory, and how many lie before them in it."""
+        if self.size() < stop:
+            raise self._short(stop)
+        skipped = start % mmap.ALLOCATIONGRANULARITY
+        file = self._open()
+        try:
+            return mmap.mmap(file.number, stop - start + skipped, access=mmap.ACCESS_READ, offset=start - skipped), skipped
+        except (OSError, ValueError, OverflowError) as error:
+            raise DataError(f"{self.path!r} cannot be mapped into memory: {error}") from error
 
     def _short(self, end: int) -> DataError:
         return DataError(f"{self.path!r} ends at {self.size()} bytes, before byte {end}: it was cut short")

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from functrain.data.budget import Budget
-from functrain.data.h5.chunked import Chunked, Direct, differing, unfiltered
+from functrain.data.h5.chunked import Chunked, Direct, differing
+from functrain.data.h5.edges import Doubtful, unfiltered
 from functrain.data.h5.files import Handle
-from functrain.data.h5.growing import Growing
+from functrain.data.h5.growing import Growing, Load
 from functrain.data.h5.layout import Layout
-from functrain.data.h5.mapped import Map, Mapped, MappedChunks
+from functrain.data.h5.mapped import Mapped
 from functrain.data.h5.pool import Pool
 from functrain.data.h5.raw import Bytes, LocalBytes
 from functrain.data.h5.through import Through
@@ -57,45 +58,41 @@ class Readers:
         self.handle, self.budget = Handle(path, swmr=swmr, storage=storage), Budget.of(memory)
         self.pool = Pool(threads) if pool is None else pool
         self._own_pool = pool is None
-        self._maps: dict[str, Map] = {}
-        self._files: dict[str, Bytes] = {}
+        self._files: dict[str, LocalBytes] = {}
 
     def reader(self, layout: Layout) -> Reader:
         """The reader for a dataset."""
         through = Through(self.handle, layout)
         index, pipeline = layout.index, layout.pipeline
         if layout.way == "mmap" and index is None:
-            return Mapped(self._map(layout.file), layout)
+            return Mapped(layout, self._local(layout.file), self.budget)
         if index is None or pipeline is None:
             return through
         if layout.way == "h5py":
             return Chunked(layout, index, through, self.budget, self.pool)
         direct = Direct(layout, index, pipeline, self._file(layout.file), through)
-        edges = None if pipeline.plain else index.unfiltered_edges()
-        # Nothing tells whether such were shuffled: h5py knows.
-        apart = self.handle.swmr or (pipeline.reorders and edges is not None)
-        if edges is not None and not apart:
+        edges = None if pipeline.plain or self.handle.swmr else index.unfiltered_edges()
+        doubtful = edges is not None and pipeline.reorders
+        if edges is not None and not doubtful:
             bare = Direct(layout, edges, pipeline, self._file(layout.file), through)
             if unfiltered(edges, bare, through):
                 index, direct = edges, bare
-        difference = differing(index, direct, through, edges=not apart)
+        difference = differing(index, direct, through, edges=not doubtful)
         if difference is not None:
             reason = f"read through h5py, as direct decoding went wrong ({difference})"
             warnings.warn(f"dataset {layout.name!r} in {layout.file!r} is {reason}", RuntimeWarning, stacklevel=4)
             return Chunked(layout.by_h5py(reason), index, through, self.budget, self.pool)
         if layout.way == "mmap":
-            return MappedChunks(self._map(layout.file), layout, index)
-        load = Growing(index, direct, through) if apart else direct
-        return Chunked(layout, index, load, self.budget, self.pool)
-
-    def _map(self, path: str) -> Map:
-        if path not in self._maps:
-            self._maps[path] = Map(path, self.budget)
-        return self._maps[path]
+            return Mapped(layout, self._local(layout.file), self.budget)
+        load: Load = Growing(index, direct, through) if self.handle.swmr else direct
+        return Chunked(layout, index, Doubtful(index, direct, through) if doubtful else load, self.budget, self.pool)
 
     def _file(self, path: str) -> Bytes:
+        return self.handle.raw() if self.handle.remote else self._local(path)
+
+    def _local(self, path: str) -> LocalBytes:
         if path not in self._files:
-            self._files[path] = self.handle.raw() if self.handle.remote else LocalBytes(path)
+            self._files[path] = LocalBytes(path)
         return self._files[path]
 
     def close(self) -> None:

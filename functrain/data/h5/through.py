@@ -63,7 +63,8 @@ class Through:
                 missing = lacking(pipeline)
                 raise OSError(f"h5py lacks the filter {missing}" if missing else str(error)) from error
             valid = tuple(slice(0, part.stop - part.start) for part in region)
-            out.view(self.layout.dtype).reshape(index.chunks)[valid] = data
+            # As bytes: what lies between the fields of a compound is compared too.
+            out.reshape(*index.chunks, index.itemsize)[valid] = data.view((np.uint8, (index.itemsize,)))
 
     def announce(self, indices: np.ndarray) -> None:
         """Nothing to do: h5py reads when it is asked."""
