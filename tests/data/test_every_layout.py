@@ -188,7 +188,13 @@ def check_drawn(writer, path, drawn, data):
         assert re.search(r", (mmap|direct|h5py): ", facts[name])[1] in ways(item), item
 
 
-@settings(max_examples=60)
-@given(drawn=files(st.sampled_from(DIRECT)), data=st.data())
+@settings(max_examples=40)
+@given(drawn=files(st.sampled_from([*DIRECT, *ONLY_HDF5])), data=st.data())
 def test_every_combination_that_hdf5_itself_writes(tmp_path_factory, writer, drawn, data):
     check_drawn(writer, tmp_path_factory.getbasetemp() / "every.h5", drawn, data)
+
+
+@settings(max_examples=25)
+@given(drawn=files(st.sampled_from(PLUGIN)), data=st.data())
+def test_every_combination_that_hdf5plugin_writes(tmp_path_factory, writer, drawn, data):
+    check_drawn(writer, tmp_path_factory.getbasetemp() / "plugin.h5", drawn, data)

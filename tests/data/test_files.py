@@ -13,8 +13,8 @@ import pytest
 
 from functrain.core.errors import ArgumentError, DataError
 from functrain.data.h5.files import Handle, found, opened
-from functrain.data.h5.links import missing_sources
 from functrain.data.h5.plausible import plausible
+from functrain.data.h5.source import hdf5
 
 X = np.arange(10)
 
@@ -298,8 +298,8 @@ def test_numbered_sources_are_looked_at_too(folder: Path) -> None:
 def test_sources_that_are_missing_are_named(folder: Path) -> None:
     plain("x.h5")
     virtual("a.h5", [("x.h5", "x"), ("gone.h5", "x"), (".", "v2")])
-    with h5py.File("a.h5") as file:
-        assert missing_sources(file["v"]) == ["gone.h5"]
+    with pytest.raises(DataError, match=r"'/v' in 'a.h5' takes data from 'gone.h5', which is not there"):
+        hdf5("a.h5", "v")
 
 
 # --- root ----------------------------------------------------------------------------------------------------

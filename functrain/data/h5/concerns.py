@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from functrain.core.errors import DataError
 from functrain.core.explain import readable
 from functrain.data.h5.filters import Pipeline
-from functrain.data.h5.links import missing_sources
 from functrain.data.h5.registry import described
+from functrain.data.h5.virtual import check_virtual
 
 if TYPE_CHECKING:
     import h5py
@@ -19,11 +20,10 @@ def concerns(dataset: h5py.Dataset) -> Iterator[str]:
     """What slows reading down, or makes it impossible, in words, with what helps: filters, chunks, missing sources."""
     import h5py
 
-    if dataset.is_virtual:
-        missing = missing_sources(dataset)
-        if missing:
-            named = ", ".join(map(repr, missing[:3])) + (" …" if len(missing) > 3 else "")
-            yield f"{len(missing)} of its source files are missing and read as fill values: {named}"
+    try:
+        check_virtual(dataset)
+    except DataError as error:
+        yield str(error)
     if dataset.chunks is None or not dataset.shape:
         return
     pipeline = Pipeline.of(dataset)

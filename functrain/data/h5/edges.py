@@ -22,7 +22,7 @@ def unfiltered(index: ChunkIndex, direct: Direct, through: Through) -> bool:
 
 
 class Doubtful:
-    """Chunks whose filters only reorder bytes, so that no size tells of one that was left as it is: at the edge, h5py decides."""
+    """Chunks whose filters only reorder bytes: no size tells whether one at the edge was left as it is, so h5py decides."""
 
     def __init__(self, index: ChunkIndex, direct: Direct, through: Through) -> None:
         self._edges, self._direct, self._through = index.edges, direct, through

@@ -13,9 +13,9 @@ from functrain.core.errors import ArgumentError, DataError
 from functrain.data.h5.files import intact
 from functrain.data.h5.filters import Pipeline
 from functrain.data.h5.index import ChunkIndex
-from functrain.data.h5.links import missing_sources
 from functrain.data.h5.parameters import check_parameters
 from functrain.data.h5.plausible import plausible
+from functrain.data.h5.virtual import check_virtual
 
 if TYPE_CHECKING:
     import h5py
@@ -88,7 +88,7 @@ def _layout(dataset: h5py.Dataset, path: str, name: str, where: str, axis: int, 
     if shape[axis] == 0:
         raise DataError(f"{where} has no samples: its shape is {shape}")
     plausible(dataset, axis)
-    _check_sources(dataset, where)
+    check_virtual(dataset)
     plain = Layout(file, name, shape, dtype, "h5py", "", axis)
     reason = _hindrance(dataset)
     if reason is not None:
@@ -103,12 +103,6 @@ def _layout(dataset: h5py.Dataset, path: str, name: str, where: str, axis: int, 
     if size < needed:
         raise DataError(f"{where} is truncated: it needs {needed} bytes, the file has {size}")
     return layout
-
-
-def _check_sources(dataset: h5py.Dataset, where: str) -> None:
-    missing = missing_sources(dataset) if dataset.is_virtual else []
-    if missing:
-        raise DataError(f"{where} is virtual, and its sources {missing} are not there: HDF5 would read fill values")
 
 
 def _hindrance(dataset: h5py.Dataset) -> str | None:

@@ -220,13 +220,6 @@ def virtual_files(dataset: h5py.Dataset) -> dict[str, set[str]]:
     return files
 
 
-def missing_sources(dataset: h5py.Dataset) -> list[str]:
-    """The files that a virtual dataset takes data from and that are not there: HDF5 reads fill values in their place."""
-    names = [name for name in virtual_files(dataset) if name != "."]
-    origin = dataset.file.filename
-    return [name for name in names if not any(map(_there, candidates(origin, name, "HDF5_VDS_PREFIX")))]
-
-
 def _place(dataset: h5py.Dataset) -> tuple[str, int]:
     """What a dataset is, by whichever link it was come to."""
     import h5py
