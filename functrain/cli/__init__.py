@@ -20,6 +20,7 @@ import torch
 
 import functrain as ft
 from functrain.cli.data import add_data_command
+from functrain.cli.printing import printing, silence
 from functrain.core.errors import ConfigError, FunctrainError, RunError
 from functrain.engine.experiment import Experiment
 from functrain.runs.config import config_from_dict, config_from_flags, config_to_dict
@@ -212,14 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags += ["--help"] if about_file else []
     try:
         status = int(options.go(options, flags))
-        sys.stdout.flush()
-        return status
+        with printing():
+            return status
     except FunctrainError as error:
         print(f"functrain: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Whoever read along has gone (| head): nobody is left to tell. What is still to be flushed goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -188,7 +188,15 @@ def _step(step: Step, window: int, start: Start) -> Step:
         outer, rows = state.carry, []
         state = state._replace(carry=_started(start, batch))
         for number, part in enumerate(windows(batch, window)):
-            state, metrics = step.update(state._replace(key=random.fold_in(key, number), position=position), part)
+            try:
+                state, metrics = step.update(state._replace(key=random.fold_in(key, number), position=position), part)
+            except LossError as error:
+                if "sum to zero" not in str(error):
+                    raise
+                raise LossError(
+                    f"{error} (in window {number} of tbptt(step, …), each an update: where windows are nothing but padding, "
+                    "sum over all of them instead, ft.step(ft.tbptt(ft.grad(loss), …), …))"
+                ) from error
             rows.append(metrics)
         return state._replace(carry=outer, key=key, position=position + 1), _mean(rows)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from functrain.core import random
 from functrain.core.errors import ArgumentError
-from functrain.data.arguments import integer
+from functrain.data.arguments import before, integer
 from functrain.data.labels import classes
 from functrain.data.order import Reordered
 from functrain.data.permutation import permuted_each
@@ -73,6 +73,7 @@ class Balanced(Reordered):
         return self._drawn(np.arange(start, min(start + (1 << _BLOCK_BITS), len(self))), epoch)
 
     def _drawn(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        before(epoch, len(self))
         rounds, classes = np.divmod(positions, len(self.names))
         sizes = self.sizes[classes]
         passes, places = np.divmod(epoch * self.draws[classes] + rounds, sizes)

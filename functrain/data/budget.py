@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import re
 import threading
 import weakref
-from typing import Protocol
+from fractions import Fraction
+from typing import Protocol, SupportsIndex
 
 from functrain.core.errors import ArgumentError
 from functrain.core.explain import readable
+from functrain.data.arguments import BOUND
+from functrain.data.forks import renew
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -21,13 +25,21 @@ def size_of(name: str, given: int | str) -> int:
     >>> size_of("memory", "1.5 KiB"), size_of("memory", 7)
     (1536, 7)
     """
-    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
-        return given
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", given) if isinstance(given, str) else None
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
+    size = _bytes(given)
+    if size is None or size < 1:
         raise ArgumentError(f'{name} takes a number of bytes above 0, as an int or as "512 MiB", got {given!r}')
-    return int(float(match[1]) * unit)
+    if size >= BOUND:
+        raise ArgumentError(f"{name} takes a number of bytes below 2⁶³, got {given!r}")
+    return size
+
+
+def _bytes(given: object) -> int | None:
+    if isinstance(given, str):
+        # No size has more digits; Python refuses to read some thousands.
+        match = re.fullmatch(r"\s*([0-9]{1,999}(?:\.[0-9]{1,999})?)\s*([a-zA-Z]*)\s*", given)
+        unit = _UNITS.get(match[2].lower()) if match else None
+        return None if match is None or unit is None else int(Fraction(match[1]) * unit)
+    return None if isinstance(given, bool) or not isinstance(given, SupportsIndex) else operator.index(given)
 
 
 class Evictable(Protocol):
@@ -58,9 +70,14 @@ class Budget:
     def __init__(self, limit: int | str) -> None:
         self.limit = size_of("limit", limit)
         self.used = self.peak = 0
-        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._lock = threading.RLock()
         self._holders: list[weakref.ref[Evictable]] = []
         self._clock = itertools.count(1)
+        renew(self)
+
+    def after_fork(self) -> None:
+        """In a forked process: its holders begin anew."""
+        self._lock, self.used = threading.RLock(), 0
 
     @classmethod
     def of(cls, given: int | str | Budget) -> Budget:
@@ -121,9 +138,6 @@ class Budget:
     def lock(self) -> threading.RLock:
         """What to hold while `used` changes."""
         # A holder that is forgotten releases its bytes wherever the interpreter happens to be: hence reentrant.
-        if self._pid != os.getpid():
-            # After a fork, another thread of the parent may have held it; and holders begin anew.
-            self._pid, self._lock, self.used = os.getpid(), threading.RLock(), 0
         return self._lock
 
     def __reduce__(self) -> tuple[type[Budget], tuple[int]]:
@@ -152,10 +166,10 @@ class Account:
         self.budget, self.held, self.items = budget, 0, 0
         self._pid = os.getpid()
 
-    def begin(self, size: int, anyway: bool = False) -> bool:
+    def begin(self, size: int, anyway: bool = False, asker: Evictable | None = None) -> bool:
         """Charge one more item of `size` bytes, if there is room or `anyway`; whether it was charged."""
         budget = self.budget
-        budget.room(size)
+        budget.room(size, asker)
         with budget.lock():
             begun = anyway or budget.used + size <= budget.limit
             if begun:

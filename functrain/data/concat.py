@@ -19,7 +19,8 @@ _SHOWN = 5
 def concat(sources: Sequence[Source]) -> Source:
     """The elements of all sources, one source after the other.
 
-    Elements at scattered positions are read with one `take` of each source. Raises `ArgumentError` for an empty list, for
+    Elements at scattered positions are read with one `take` of each source. `.groups` `(n,)`, int64, is the number of the
+    source that each element comes from, for `split(…, groups=source.groups)`. Raises `ArgumentError` for an empty list, for
     what is no source, and for sources without end or with deferred batches; `TreeError`, at the elements that show it, where
     sources disagree in structure, dtype or shape.
 
@@ -54,6 +55,11 @@ class Concat(Gathered):
     def found(self, indices: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.searchsorted(self.bounds, indices, "right") - 1
         return numbers, indices - self.bounds[numbers]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """The number of the source of each element, `(n,)` int64."""
+        return np.repeat(np.arange(len(self.inner)), np.diff(self.bounds))
 
     def runs(self) -> Runs | None:
         each = [source.runs() for source in self.inner]

@@ -17,26 +17,29 @@ from functrain.core import tree
 from functrain.core.errors import ArgumentError, PositionError, TreeError
 from functrain.core.tree import Tree
 from functrain.data.arguments import integer
+from functrain.data.positions import EndedError
 from functrain.data.rows import readable, tensor
 from functrain.data.source import Source
 from functrain.data.stacking import stacked
 
 
-def source(data: Any) -> Source:
+def source(data: Any, length: int | None = None) -> Source:
     """A source over a map-style dataset, a list, an iterable, or a function that begins an iterator.
 
     - With `__len__` and `__getitem__` (a `torch.utils.data.Dataset`, a list), element i is `data[i]`; batches are read with
       `__getitems__` where there is one. With several threads (`prefetch(…, workers=4)`) it is called from them all.
     - Otherwise (an `IterableDataset`, any iterable, a generator function), element i is the i-th item. Reading forward is
       cheap; going back begins a new iteration, which has to give the same items again, so shuffle only what is small. An
-      iterator that was begun already cannot go back. The length is that of `len`, or None: without end. A source of another
-      length ends with a `PositionError` that says where.
+      iterator that was begun already cannot go back. The length is that of `len`, or None, where `for` and `prefetch` end
+      with the iterable, and positions beyond are a `PositionError`; so is an iterable that is shorter than it said.
+    - `length` states the length of what has no `len`: the first so many items, which then can be split and cut into windows.
 
     Items become trees of tensors: tensors are copied, arrays and numbers are converted; text, images and other objects are a
     `TreeError`. What an item is has to follow from its position alone: augment with `ft.random`, keyed by position. A source is
     given back as it is. Errors that `data` raises pass, with the position added.
 
-    Raises `ArgumentError` for arrays and mappings of them (see `ft.arrays`), sets, text, and what is none of the above.
+    Raises `ArgumentError` for arrays and mappings of them (see `ft.arrays`), sets, text, what is none of the above, and a
+    `length` for what has one.
 
     >>> import functrain as ft
     >>> pairs = ft.source([{"x": [1.0, 2.0], "y": 0}, {"x": [3.0, 4.0], "y": 1}])
@@ -51,16 +54,22 @@ def source(data: Any) -> Source:
     >>> endless = ft.source(squares)
     >>> [int(endless(i)) for i in (2, 5, 3)], endless.length
     ([4, 25, 9], None)
+    >>> [int(n) for n in ft.source(squares, length=4)]
+    [0, 1, 4, 9]
     """
+    if length is not None:
+        integer("length", length, 1)
+        if hasattr(data, "__len__"):
+            raise ArgumentError(f"length is for what has no len(), and {_name(data)} has one: take a part of it with .split")
     if isinstance(data, Source):
         return data
     _refuse(data)
     if isinstance(data, Iterable) and (isinstance(data, IterableDataset) or not hasattr(data, "__getitem__")):
-        return Iterated(data, partial(iter, data))
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return Indexed(data)
+        return Iterated(data, partial(iter, data), length)
+    if hasattr(data, "__getitem__") and (hasattr(data, "__len__") or length is not None):
+        return Indexed(data, length)
     if callable(data):
-        return Iterated(data, data)
+        return Iterated(data, data, length)
     raise ArgumentError(
         "source takes a dataset with __len__ and __getitem__, an iterable, or a function that begins an iterator; got "
         f"{_name(data)}"
@@ -99,8 +108,8 @@ class _Foreign(Source):
 class Indexed(_Foreign):
     """Elements of a dataset that has them by position."""
 
-    def __init__(self, data: Any) -> None:
-        self.data, self.length = data, integer("len(data)", len(data), 0)
+    def __init__(self, data: Any, length: int | None) -> None:
+        self.data, self.length = data, integer("len(data)", len(data), 0) if length is None else length
         self._many = callable(getattr(data, "__getitems__", None))
 
     def get(self, i: int, epoch: int) -> Tree:
@@ -134,10 +143,14 @@ class Indexed(_Foreign):
 class Iterated(_Foreign):
     """Items of an iteration, which is begun anew to go back."""
 
-    def __init__(self, data: Any, begin: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, data: Any, begin: Callable[[], Iterable[Any]], length: int | None) -> None:
         self.data, self._begin = data, begin
-        self.length = integer("len(data)", len(data), 0) if hasattr(data, "__len__") else None
+        self.length = integer("len(data)", len(data), 0) if hasattr(data, "__len__") else length
         self._cursors: dict[int, _Cursor] = {}
+
+    @property
+    def ending(self) -> bool:
+        return self.length is None
 
     def get(self, i: int, epoch: int) -> Tree:
         return self._cursor().read(i)
@@ -180,10 +193,13 @@ class _Cursor:
         self._items: Iterator[Any] | None = None
         self._before: Iterator[Any] | None = None
         self._next = 0
+        self._ended: int | None = None
 
     def read(self, i: int) -> Tree:
         """Item i, converted and copied."""
         with self.lock:
+            if self._ended is not None and i >= self._ended:
+                raise self._over(i, self._ended)
             items = self._items if self._items is not None and i >= self._next else self._begun(i)
             while self._next < i:
                 self._advance(items, i)
@@ -209,9 +225,8 @@ class _Cursor:
         try:
             item = next(items)
         except StopIteration:
-            self._items = None
-            said = "items" if self._length is None else f"of the {self._length} items that its len() promised"
-            raise PositionError(f"position {wanted} lies outside: {_name(self._data)} ended after {place} {said}") from None
+            self._items, self._ended = None, place
+            raise self._over(wanted, place) from None
         except BaseException as error:
             # It has nothing more to give.
             self._items = None
@@ -219,6 +234,12 @@ class _Cursor:
             raise
         self._next = place + 1
         return item
+
+    def _over(self, wanted: int, items: int) -> PositionError:
+        promise = "its len()" if hasattr(self._data, "__len__") else "length="
+        said = "items" if self._length is None else f"of the {self._length} items that {promise} promised"
+        kind = EndedError if self._length is None else PositionError
+        return kind(f"position {wanted} lies outside: {_name(self._data)} ended after {items} {said}")
 
 
 def converted(item: Any, i: int, data: Any) -> Tree:

@@ -21,7 +21,7 @@ class GroupPart(Reordered):
 
     def __init__(self, source: Source, members: np.ndarray, groups: int, seed: int | None) -> None:
         super().__init__(source, len(members))
-        self.members, self.groups, self.seed = members, groups, seed
+        self.members, self.count, self.seed = members, groups, seed
 
     def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
         return self.members[positions]
@@ -39,7 +39,7 @@ class GroupPart(Reordered):
 
     def facts(self) -> dict[str, str]:
         order = "in order of appearance" if self.seed is None else f"drawn with seed {self.seed}, the same in every epoch"
-        part = f"{len(self):,} of {len(self.source):,} elements, in {self.groups:,} groups, {order}"
+        part = f"{len(self):,} of {len(self.source):,} elements, in {self.count:,} groups, {order}"
         return {**super().facts(), "part": part}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from functrain.core import tree
 from functrain.core.tree import Tree
 from functrain.data.budget import Account
+from functrain.data.positions import EndedError
 from functrain.data.source import Source
 from functrain.data.streams import Load, Parcel
 from functrain.data.transfer import Transfer
@@ -32,6 +33,10 @@ def positioned(source: Source, start: int, count: int | None) -> Load:
             raise StopIteration
         try:
             return get(start + number, 0)
+        except EndedError:
+            if count is not None:
+                raise
+            raise StopIteration from None
         except StopIteration as slip:
             # It would end the stream as if there were no more elements.
             raise RuntimeError(f"the source raised StopIteration at position {start + number}, which ends nothing") from slip

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from functrain.core import random
 from functrain.core.errors import ArgumentError
-from functrain.data.arguments import integer
+from functrain.data.arguments import before, integer
 from functrain.data.gathered import Gathered
 from functrain.data.permutation import hashed, permuted
 from functrain.data.remembered import remembered
@@ -85,11 +86,13 @@ def _weights(named: dict[str, Source], weights: Any) -> list[int]:
     if not isinstance(listed, list) or len(listed) != len(named):
         raise ArgumentError(f"weights are one for each of {len(named)} sources, got {weights!r}")
     for name, weight in zip(named, listed):
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        # An int may be larger than any float.
+        finite = isinstance(weight, Integral) or (isinstance(weight, Real) and math.isfinite(weight))
+        if isinstance(weight, bool) or not finite or weight < 0:
             raise ArgumentError(f"weights are finite numbers of at least 0, got {weight!r} for {name!r}")
     if not any(listed):
         raise ArgumentError("all weights are 0: there is nothing to mix")
-    exact = [Fraction(weight) for weight in listed]
+    exact = [Fraction(int(weight) if isinstance(weight, Integral) else float(weight)) for weight in listed]
     unit = math.lcm(*(weight.denominator for weight in exact))
     return [int(weight * unit) for weight in exact]
 
@@ -140,9 +143,9 @@ class Mix(Gathered):
     def _laid(self, block: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The source at each position of a block, and which turn it is."""
         start, stop = block << _BLOCK_BITS, (block + 1) << _BLOCK_BITS
-        before = 0 if self.length is None else epoch * self.length
+        passed = 0 if self.length is None else before(epoch, self.length)
         size = (stop if self.length is None else min(stop, self.length)) - start
-        first, after = self.turns(before + start), self.turns(before + start + size)
+        first, after = self.turns(passed + start), self.turns(passed + start + size)
         quotas = np.array([b - a for a, b in zip(first, after)])
         key = int(hashed(self._key ^ np.uint64(block))[0])
         # The bijection says of each position which ticket it has, and tickets are laid out source after source.

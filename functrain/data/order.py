@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from functrain.core.errors import ArgumentError
+from functrain.core.errors import ArgumentError, PositionError
 from functrain.core.tree import Tree
+from functrain.data.arguments import BOUND
 from functrain.data.permutation import permuted
 from functrain.data.runs import Runs
 from functrain.data.source import Source
@@ -73,6 +75,8 @@ class Shard(Reordered):
         self.rank, self.size = rank, size
 
     def indices(self, positions: np.ndarray, epoch: int) -> np.ndarray:
+        if self.length is None and int(positions.max()) > (BOUND - 1 - self.rank) // self.size:
+            raise PositionError(f"element {positions.max()} of rank {self.rank} of {self.size} lies beyond position 2⁶³")
         return self.rank + self.size * positions
 
     def facts(self) -> dict[str, str]:
@@ -106,8 +110,8 @@ def split(source: Source, fractions: tuple[float, ...], seed: int | None, groups
             "the order of this source changes with the epoch, so elements would pass between the parts: "
             "split first, then shuffle the parts"
         )
-    valid = all(isinstance(f, (int, float)) and 0 < f <= 1 for f in fractions)
-    if not fractions or not valid or sum(fractions) > 1 + 1e-9:
+    valid = all(isinstance(f, Real) and 0 < f <= 1 for f in fractions)
+    if not fractions or not valid or math.fsum(fractions) > 1 + 1e-9:
         raise ArgumentError(f"split takes fractions above 0 that sum to at most 1, got {fractions}")
     # fsum: ten times 0.1 is 1, and leaves no rest.
     rest = 1 - math.fsum(fractions)

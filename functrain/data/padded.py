@@ -20,6 +20,8 @@ class Padded(Source):
     ragged = False
 
     def __init__(self, source: Source, size: int, value: Any, cut: bool) -> None:
+        # NumPy's numbers as Python's, whose class torch knows.
+        value = value.item() if isinstance(value, np.number) else value
         if isinstance(value, bool) or not isinstance(value, (int, float, complex)):
             raise ArgumentError(f"value takes the number to fill up with, got {value!r}")
         if not isinstance(cut, bool):
@@ -41,6 +43,9 @@ class Padded(Source):
             other = next(other for other in elements if not tree.same_structure(elements[0], other))
             raise TreeError(f"padded takes elements of one structure: {tree.difference(elements[0], other)}")
         lengths = torch.tensor([self._length(element) for element in elements])
+        longest = int(lengths.max())
+        if longest > self.size and not self.cut:
+            raise TreeError(f"an element has {longest} rows, and padded({self.size}) no room: give a larger size, or cut=True")
         names, structure = tree.paths(elements[0]), tree.structure(elements[0])
         columns = zip(*(tree.leaves(element) for element in elements))
         leaves = [self._column(name or "elements", column) for name, column in zip(names, columns)]
@@ -56,10 +61,7 @@ class Padded(Source):
                 f"the leaves of an element differ in length ({listed}): padded fills up all of them. Take apart what is no "
                 "sequence: source.map(lambda element: …), or two sources, one of them padded, joined by .zip"
             )
-        length = next(iter(lengths.values()))
-        if length > self.size and not self.cut:
-            raise TreeError(f"an element has {length} rows, and padded({self.size}) no room: give a larger size, or cut=True")
-        return length
+        return next(iter(lengths.values()))
 
     def _column(self, name: str, leaves: tuple[Tensor, ...]) -> Tensor:
         first = leaves[0]

@@ -11,6 +11,7 @@ import torch
 from functrain.core import random
 from functrain.core.errors import ArgumentError
 from functrain.core.tree import Tree
+from functrain.data.arguments import before
 from functrain.data.remembered import remembered
 from functrain.data.source import Source
 
@@ -34,6 +35,7 @@ class Poisson(Source):
     ragged = True
 
     def __init__(self, source: Source, rate: Any, seed: int, pad: int) -> None:
+        rate = rate.item() if isinstance(rate, np.number) else rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
             raise ArgumentError(f"rate must be in (0, 1], got {rate!r}: the probability with which an element is in a batch")
         if not source.length:
@@ -50,7 +52,7 @@ class Poisson(Source):
 
     def _drawn(self, i: int, epoch: int) -> np.ndarray:
         count = len(self.source)
-        key = random.fold_in(self.key, epoch * len(self) + i)
+        key = random.fold_in(self.key, before(epoch, len(self)) + i)
         # Hashes are uniform over the int64s.
         threshold = math.ceil(self.rate * 2.0**64) - (1 << 63)
         found = []

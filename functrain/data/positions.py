@@ -14,8 +14,17 @@ from functrain.core import tree
 from functrain.core.errors import ArgumentError, PositionError
 from functrain.core.explain import Stage
 from functrain.core.tree import Tree
+from functrain.data.arguments import BOUND
 from functrain.data.runs import Runs
 from functrain.data.stacking import stacked
+
+
+class EndedError(PositionError):
+    """An iteration of unknown length is over: raised by `get` beyond it, and what ends a `for`."""
+
+
+class LengthlessError(ArgumentError, TypeError):
+    """A length is asked for that nobody knows: as a `TypeError` it lets `list(source)` go on without."""
 
 
 class Positions(Dataset[Any]):
@@ -69,6 +78,16 @@ class Positions(Dataset[Any]):
         """Whether elements may differ in shape, so that `take` need not fit: a source of your own with such sets it to True."""
         return any(source.ragged for source in self.inner)
 
+    @property
+    def sequences(self) -> bool:
+        """Whether elements are whole sequences, which windows would stack instead of cutting."""
+        return any(source.sequences for source in self.inner)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it ends where nobody knows before it is read: `get` beyond it raises `EndedError`."""
+        return self.length is None and any(source.ending for source in self.inner)
+
     def explain(self) -> Stage:
         """What this source reads, in which order, and what it stands on."""
         return Stage(type(self).__name__.lower(), self.facts(), [source.explain() for source in self.inner])
@@ -81,12 +100,24 @@ class Positions(Dataset[Any]):
 
     def __call__(self, i: int) -> Tree:
         """Element i of the first epoch; `PositionError` outside 0 … length−1."""
-        place = operator.index(i)
-        if place < 0 or (self.length is not None and place >= self.length):
+        try:
+            place = operator.index(i)
+        except TypeError:
+            what = "the slice" if isinstance(i, slice) else f"{type(i).__name__}"
+            raise TypeError(
+                f"positions of a source are ints, got {what} {i!r}: parts of it come of .split, fields of its elements of "
+                ".map, as in source.map(lambda element: element['x']), and several at once of .batch"
+            ) from None
+        if not self._has(place):
             raise PositionError(self._outside(place))
         return self.get(place, 0)
 
+    def _has(self, place: int) -> bool:
+        return 0 <= place < (BOUND if self.length is None else min(self.length, BOUND))
+
     def _outside(self, place: int) -> str:
+        if place >= BOUND and (self.length is None or self.length > BOUND):
+            return f"position {place} is beyond 2⁶³ − 1, the last that there can be"
         if self.length is None:
             return f"position {place} is negative: positions count from 0"
         held = f"positions run from 0 to {self.length - 1}" if self.length else "it has no elements"
@@ -95,6 +126,8 @@ class Positions(Dataset[Any]):
 
     def __len__(self) -> int:
         if self.length is None:
+            if self.ending:
+                raise LengthlessError("the length of this source is not known before its end: functrain.source(data, length=n)")
             raise ArgumentError("this source has no end, so no len(): see source.length, which is None")
         return self.length
 
@@ -106,7 +139,7 @@ class Positions(Dataset[Any]):
         """The elements at `indices`, as a DataLoader asks for those of a batch: read at once where that can be."""
         places = [operator.index(i) for i in indices]
         for place in places:
-            if place < 0 or (self.length is not None and place >= self.length):
+            if not self._has(place):
                 raise PositionError(self._outside(place))
         if self.deferring or not places:
             return [self.get(place, 0) for place in places]
@@ -116,9 +149,15 @@ class Positions(Dataset[Any]):
         return self.length != 0
 
     def __iter__(self) -> Iterator[Tree]:
-        """The elements of one epoch, in order."""
+        """The elements of one epoch, in order; without a length, as many as there are."""
         for place in itertools.count() if self.length is None else range(self.length):
-            yield self.get(place, 0)
+            try:
+                element = self.get(place, 0)
+            except EndedError:
+                if self.length is not None:
+                    raise
+                return
+            yield element
 
     def __repr__(self) -> str:
         return f"<source {self.explain().title}, length {'endless' if self.length is None else self.length}>"
@@ -136,6 +175,8 @@ class Positions(Dataset[Any]):
 
     def finite(self, purpose: str) -> Self:
         """This source; `ArgumentError` if it has no end, which `purpose` needs."""
+        if self.ending:
+            raise ArgumentError(f"{purpose} needs a length, which this source has not: functrain.source(data, length=n)")
         if self.length is None:
             raise ArgumentError(f"{purpose} needs a source with an end: {purpose} first, then repeat()")
         return self

@@ -8,6 +8,7 @@ from typing import Any
 from functrain.core.errors import ArgumentError
 from functrain.core.explain import Stage, readable
 from functrain.core.tree import Tree
+from functrain.data.arguments import integer
 from functrain.data.budget import Account, Budget
 from functrain.data.foreign import Iterated
 from functrain.data.loads import announced, following, opener, parcelled, positioned
@@ -69,9 +70,7 @@ class Prefetch:
         memory: int | str | Budget | None = None,
         device: Any = None,
     ) -> None:
-        for name, value in (("depth", depth), ("workers", workers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(f"{name} must be an int of at least 1, got {value!r}")
+        depth, workers = integer("depth", depth, 1), integer("workers", workers, 1)
         if workers > depth:
             raise ArgumentError(f"at most depth={depth} elements are loaded at a time, so by as many workers: got {workers}")
         _check_source(source, workers)

@@ -10,6 +10,7 @@ from torch import Tensor
 from functrain.core import tree
 from functrain.core.errors import ArgumentError, TreeError
 from functrain.core.tree import Tree
+from functrain.data.arguments import places
 from functrain.data.arrays import arrays
 from functrain.data.concat import spread
 from functrain.data.runs import Runs
@@ -65,6 +66,7 @@ class Ragged(Source):
     """Stretches of rows of another source."""
 
     ragged = True
+    sequences = True
 
     def __init__(self, values: Source, offsets: np.ndarray) -> None:
         rows = values.undeferred("ragged").finite("ragged").length
@@ -79,6 +81,7 @@ class Ragged(Source):
         return self.elements(np.array([i]), epoch)[0]
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        indices = places(indices, len(self))
         lengths = self.lengths[indices]
         if (lengths != lengths[0]).any():
             raise TreeError(
@@ -89,6 +92,7 @@ class Ragged(Source):
         return tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self.rows(indices, epoch))
 
     def elements(self, indices: np.ndarray, epoch: int) -> list[Tree]:
+        indices = places(indices, len(self))
         leaves, structure = tree.flatten(self.rows(indices, epoch))
         # Copies: an element that is kept must not keep those that were read with it.
         parts = [[part.clone() for part in leaf.split(self.lengths[indices].tolist())] for leaf in leaves]

@@ -137,7 +137,9 @@ class Source(Positions):
 
         Parts are contiguous, or with a `seed` drawn at random, once for all epochs. `groups` `(n,)`, ints or strings, names
         each element's group (patient, file, episode): all of a group goes to one part, the parts' sizes are as near to
-        the fractions as exchanging groups brings them, and elements keep their order. Raises `ArgumentError` for
+        the fractions as exchanging groups brings them, and elements keep their order. They are an array, a list, or a source
+        of numbers, such as `ft.hdf5(path, "person")`; sources over several files or groups, and windows of episodes, have
+        them as `.groups`: the number of the file or group, of the episode. Raises `ArgumentError` for
         fractions that sum to more than 1, a part without elements, and for a shuffled source, whose elements
         would pass from one part into another between epochs: split first, then shuffle.
 
@@ -153,7 +155,8 @@ class Source(Positions):
     def windows(self, size: int, stride: int | None = None) -> Source:
         """Sequences of `size` neighbours, one every `stride` (default: `size`), stacked to `(size, …)`.
 
-        What is left over at the end is dropped. Raises `ArgumentError` where not one window fits.
+        What is left over at the end is dropped. Raises `ArgumentError` where not one window fits, and for elements that are
+        whole sequences: `ft.episodes` cuts windows out of each.
 
         >>> import functrain as ft, torch
         >>> [w.tolist() for w in ft.arrays(torch.arange(7)).windows(3, stride=2)]
@@ -162,6 +165,12 @@ class Source(Positions):
         from functrain.data.windows import Windows
 
         size = integer("size", size, 1)
+        if self.sequences:
+            raise ArgumentError(
+                f"elements of this source are whole sequences, of which windows would stack {size}. To cut windows of {size} "
+                f"steps out of each: windows = episodes.windows({size}), and windows.split(…, groups=windows.groups), or "
+                f"functrain.episodes(part).windows({size}), with .map after that; to stack whole ones: .batch({size})"
+            )
         return Windows(self.undeferred("windows"), size, size if stride is None else integer("stride", stride, 1))
 
     def padded(self, size: int, value: float = 0, cut: bool = False) -> Source:
@@ -170,6 +179,7 @@ class Source(Positions):
         `mask` is `(size,)` bool. All leaves `(T, …)` of an element have its length T; numbers `()` stay as they are. Longer
         elements lose what is beyond `size` if `cut`, and are a `TreeError` otherwise, as are leaves whose lengths differ.
         Raises `ArgumentError` for a size below 1 and a value that is no number; `TreeError` where a dtype cannot hold it.
+        The longest is `source.lengths.max()` of `ft.episodes` and `ft.ragged`, `max(map(len, source))` of others, by reading.
 
         >>> import functrain as ft, torch
         >>> steps, mask = ft.ragged(torch.arange(5), [0, 3, 5]).padded(4, value=-1).batch(2)(0)
@@ -215,9 +225,10 @@ class Source(Positions):
     def balanced(self, labels: Any, seed: int = 0, length: int | None = None) -> Source:
         """The elements in class-balanced order: each C neighbours, from a multiple of C on, hold every class once.
 
-        `labels` `(n,)`, ints or strings, name each element's class; there are C. Classes take turns in ascending order, each
-        with a shuffled order of its own: all of its elements, then again in another order, on into the next epoch. Small
-        ones repeat; of large ones an epoch shows a part. An epoch has C·⌈n/C⌉ elements, or `length`.
+        `labels` `(n,)`, ints or strings (an array, or a source of numbers), name each element's class; there are C. Classes
+        take turns in ascending order, each with a shuffled order of its own: all of its elements, then again in another
+        order, on into the next epoch. Small ones repeat; of large ones an epoch shows a part. An epoch has C·⌈n/C⌉ elements,
+        or `length`.
         Shard its batches, or shard first: `source.shard(rank, size).balanced(labels[rank::size])`.
 
         Raises `ArgumentError` for labels that are missing or not one for each element, a source that is empty, endless or

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from functrain.core import tree
 from functrain.core.errors import TreeError
 from functrain.core.tree import Tree
 
+_DTYPE = operator.attrgetter("dtype")
+
 
 def stacked(elements: list[Tree]) -> Tree:
     """Elements as one tree with a new first dimension; `TreeError` that says so where they do not fit together."""
     try:
-        return tree.stack(elements)
+        return tree.map(_column, *elements)
     except (RuntimeError, TypeError, ValueError) as error:
         raise TreeError(
             f"elements of different shape, dtype or structure cannot be stacked: {error}. Make them alike with "
             ".padded(size) or .map(fn), or drop a ragged last batch with .batch(size, drop_last=True)"
         ) from error
+
+
+def _column(*leaves: Tensor) -> Tensor:
+    # torch promotes: 2⁴⁰ + 1 beside 1.5 would be a float32, and another number.
+    column = torch.stack(leaves)
+    dtypes = set(map(_DTYPE, leaves))
+    if len(dtypes) > 1:
+        listed = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"leaves are {listed}, and a dtype that holds both may round: choose one with .map(fn)")
+    return column
 
 
 def joined(size: int, parts: Iterable[tuple[str, np.ndarray, Tree]]) -> Tree:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from functrain.core import tree
-from functrain.core.errors import ArgumentError, TreeError
+from functrain.core.errors import ArgumentError, PositionError, TreeError
 from functrain.core.tree import Tree
+from functrain.data.arguments import BOUND
+from functrain.data.positions import EndedError
 from functrain.data.runs import Runs
 from functrain.data.source import Source
 from functrain.data.stacking import stacked
@@ -21,12 +23,12 @@ class Batch(Source):
     """Neighbouring elements, stacked."""
 
     def __init__(self, source: Source, size: int, drop_last: bool) -> None:
-        self.source, self.inner, self.size = source, (source,), size
+        self.source, self.inner, self.size, self.drop_last = source, (source,), size, drop_last
         rows = source.length
         self.rest = 0 if rows is None else rows % size
         self.length = None if rows is None else rows // size if drop_last else -(-rows // size)
         self.dropped = self.rest if drop_last else 0
-        self._ragged = self.rest > 0 and not drop_last
+        self._ragged = (self.rest > 0 or source.ending) and not drop_last
         if rows and not self.length:
             raise ArgumentError(f"drop_last leaves no batch: {rows} elements, batches of {size}")
 
@@ -37,18 +39,35 @@ class Batch(Source):
     def places(self, i: int) -> range:
         """Where in the inner source the elements of batch i stand."""
         stop = (i + 1) * self.size
+        if stop >= BOUND:
+            raise PositionError(f"batch {i} of {self.size} elements ends beyond position 2⁶³, and no run comes that far")
         return range(i * self.size, stop if self.source.length is None else min(stop, self.source.length))
 
     def get(self, i: int, epoch: int) -> Tree:
         places = self.places(i)
+        if self.source.ending:
+            return self._up_to_the_end(places, epoch)
         return self.source.take(np.arange(places.start, places.stop), epoch)
+
+    def _up_to_the_end(self, places: range, epoch: int) -> Tree:
+        """A batch of what may end within it, read one by one: what was read before the end cannot always be read again."""
+        elements = []
+        for place in places:
+            try:
+                elements.append(self.source.get(place, epoch))
+            except EndedError:
+                if self.drop_last or not elements:
+                    raise
+                break
+        return stacked(elements)
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
         rows = self.source.length
-        if rows is not None and (int(indices.max()) + 1) * self.size > rows:
+        if self.source.ending or (rows is not None and (int(indices.max()) + 1) * self.size > rows):
             return super().take(indices, epoch)
         # Whole batches: one read for all of them.
         first = self.places(0)
+        self.places(int(indices.max()))
         places = (indices[:, None] * self.size + np.arange(first.start, first.stop)).reshape(-1)
         shape = (len(indices), len(first))
         return tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self.source.take(places, epoch))
@@ -61,6 +80,8 @@ class Batch(Source):
         count = {"batches": "endless" if self.length is None else f"{self.length:,} of {self.size}"}
         if self.dropped:
             return {**count, "last": f"{self.dropped} elements left over, dropped"}
+        if self.source.ending:
+            return {**count, "last": "dropped if ragged" if self.drop_last else "what is left where the source ends"}
         return {**count, "last": f"ragged: {self.rest} elements" if self.rest else "full"}
 
 
@@ -97,6 +118,9 @@ def as_tensor(leaf: Any, what: str = "a mapped function") -> Tensor:
     """A leaf that the function `what` returned as a tensor; `TreeError` for one that is none, no array and no number."""
     if isinstance(leaf, Tensor):
         return leaf
+    if isinstance(leaf, np.ndarray) and not leaf.flags.writeable:
+        # torch would share memory that nobody may write to, such as an image's.
+        return torch.from_numpy(leaf.copy())
     if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
         return torch.as_tensor(leaf)
     raise TreeError(f"{what} returned a leaf of type {type(leaf).__name__}: expected tensors, arrays, numbers")

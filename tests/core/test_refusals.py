@@ -99,6 +99,20 @@ def test_cut_batches_inside_tbptt_with_lanes_are_the_whole(how):
     assert float(cut.weight) == float(whole.weight) == 15
 
 
+def test_windows_of_padding_alone_are_told_to_be_summed():
+    def padded(params, batch, *, carry):
+        steps, mask = batch
+        return ft.Losses((steps.sum(1) - params) ** 2, mask.sum(1).float(), None, carry)
+
+    batch = torch.ones(2, 6), torch.arange(6).expand(2, 6) < 3
+    optimizer, params = ft.optim.sgd(0.1), torch.tensor(1.0)
+    step = ft.tbptt(ft.step(ft.grad(padded), optimizer), 2, lambda batch: torch.zeros(2))
+    with pytest.raises(ft.LossError, match=r"sum to zero.*window 2 of tbptt.*ft\.step\(ft\.tbptt\(ft\.grad\(loss\)"):
+        step(step.init(params), batch)
+    summed = ft.step(ft.tbptt(ft.grad(padded), 2, lambda batch: torch.zeros(2)), optimizer)
+    assert float(summed(summed.init(params), batch)[1]["weight"]) == 6
+
+
 def test_a_start_with_layers_in_front_is_told_to_turn_around():
     gradient = ft.tbptt(ft.grad(recurrent), 2, lambda x: torch.zeros(1, len(x)))
     with pytest.raises(ft.TreeError, match="transpose"):

@@ -32,14 +32,15 @@ class Original:
     def __init__(self, path: Path) -> None:
         self.name, self.bytes = path.stem, path.read_bytes()
         with np.load(f"{path}.npz") as arrays:
-            self.truth = np.array(arrays["0"], arrays["0"].dtype.newbyteorder("="))
+            self.truth = np.array(arrays["0"], arrays["0"].dtype.newbyteorder("="), order="C")
         spans: list[tuple[int, int]] = []
         with h5py.File(path) as file:
             dataset = file["0"]
-            self.mapped = dataset.chunks is None
+            offset = dataset.id.get_offset()
+            self.mapped = dataset.chunks is None and offset is not None
             if self.mapped:
-                spans.append((dataset.id.get_offset(), dataset.nbytes))
-            else:
+                spans.append((offset, dataset.nbytes))
+            elif dataset.chunks is not None:
                 dataset.id.chunk_iter(lambda chunk: spans.append((chunk.byte_offset, chunk.size)))
         self.data = [place for start, size in spans for place in range(start, start + size)]
         within = {*self.data}
@@ -51,7 +52,7 @@ class Original:
         """A damaged copy, and whether a checksum covers all that was damaged."""
         if draw.random() < 0.1:
             return self.bytes[: draw.randrange(len(self.bytes))], FILE in self.name
-        inside = draw.random() < 0.4
+        inside = bool(self.data) and draw.random() < 0.4
         places = self.data if inside else draw.choice([self.records, self.anywhere])
         data = bytearray(self.bytes)
         # At most one byte of each 16 bits: Fletcher's checksum takes ff ff for 00 00.
@@ -66,7 +67,8 @@ def attempt(read: Any, path: Path, truth: np.ndarray | None, outcomes: Counter[s
     try:
         found = read()
     except DataError as error:
-        assert path.name in str(error), error
+        if path.name not in str(error):
+            raise
         outcomes["refused"] += 1
         return
     assert truth is None or (found.shape == truth.shape and found.tobytes() == truth.tobytes()), "other numbers, silently"
@@ -78,8 +80,8 @@ def rows(path: Path, draw: random.Random) -> np.ndarray:
     with hdf5(path, "0", threads=draw.choice([1, 1, 2]), memory=draw.choice([1, "1 MiB"])) as source:
         source(len(source) - 1)
         places = np.arange(min(len(source), 1000))
-        back = source.take(places[::-1].copy(), 0).numpy()
-        return np.array(back[::-1])
+        back = source.take(places[::-1].copy(), 0)
+        return np.zeros(0) if isinstance(back, dict) else np.array(back.numpy()[::-1])
 
 
 def main(folder: Path, seed: int, count: int, seconds: float) -> None:

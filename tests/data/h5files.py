@@ -1,4 +1,4 @@
-"""HDF5 files of every layout, written and read by h5py alone: as a program, it does so for specifications that come line by line."""
+"""HDF5 files of every layout, written and read by h5py alone, in a process of its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPTIONAL = 1
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset to write: `steps` are the shapes that it is given one after another, all of them written to but for the last."""
+    """One dataset to write; `steps` are the shapes that it has one after another, before it comes to its own."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -248,6 +248,7 @@ def _described(given: dict[str, Any]) -> File:
 
 
 def main() -> None:
+    """Write the files that are described line by line."""
     import hdf5plugin  # noqa: F401  # its filters
 
     for line in sys.stdin:

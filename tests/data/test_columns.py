@@ -84,7 +84,7 @@ def test_fields_are_chosen_by_name(tmp_path):
         assert np.array_equal(bare.batch(N)(0), array["pair"]["n"])
         check_source(bare)
     for group, message in [
-        ("g/named", "field 'name' of dataset 'g/named' .* has dtype string.*'table/field'"),
+        ("g/named", "field 'name' of dataset 'g/named' .* has dtype string.*datasets=\\['a/b'\\]"),
         ("g/named/text", "field 'text' of dataset 'g/named' .* has dtype string"),
         ("g/table/at/y", "'g/table/at' .* has no field 'y': it has 'x', 'n', 'flag'"),
         ("g/table/id/x", "'g/table/id' .* has no field 'x': it has uint16 numbers, no fields"),
@@ -281,3 +281,32 @@ def test_encoded_images_are_decoded_by_a_function(tmp_path, form, kind):
             for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
                 assert np.array_equal(image, decoded(torch.from_numpy(data[label].copy())))
                 assert form != "PNG" or np.array_equal(image, images[label])
+
+
+def test_a_table_with_text_is_read_by_the_fields_that_are_numbers(tmp_path):
+    path = tmp_path / "table.h5"
+    table = np.zeros(5, [("id", "i4"), ("name", "S8"), ("pos", "f4", (3,)), ("at", [("x", "f8"), ("label", "S2")])])
+    table["id"], table["pos"] = np.arange(5), np.arange(15).reshape(5, 3)
+    with h5py.File(path, "w") as file:
+        file["table"], file["deep/table"], file["plain"] = table, table, np.zeros(5)
+    for arguments, advice in [
+        ({}, r"datasets=\['table/id', 'table/pos'\]"),
+        ({"group": "table"}, r"datasets=\['id', 'pos'\]"),
+        ({"group": "deep"}, r"datasets=\['table/id', 'table/pos'\]"),
+        ({"group": "table/at"}, r"datasets=\['x'\]"),
+    ]:
+        with pytest.raises(DataError, match=f"field '(name|label)' of .* has dtype string.*{advice}"):
+            hdf5(path, **arguments)
+    with hdf5(path, group="table", datasets=["id", "pos"]) as source:
+        assert {name: leaf.tolist() for name, leaf in source(2).items()} == {"id": 2, "pos": [6, 7, 8]}
+        check_source(source.batch(2))
+    with hdf5(path, group="deep/table/at", datasets=["x"]) as source:
+        assert source(1).keys() == {"x"}
+    with hdf5(path, datasets=["table/id", "table/pos"]) as source:
+        assert source(2).keys() == {"table/id", "table/pos"}
+    with pytest.raises(DataError, match="has no field 'nothing'"):
+        hdf5(path, group="table", datasets=["nothing"])
+    with pytest.raises(ArgumentError, match="is a dataset: give its group"):
+        hdf5(path, group="plain", datasets=["x"])
+    with pytest.raises(ArgumentError, match="axis takes an int"):
+        hdf5(path, group="table", datasets=["id"], axis={"id": 0})

@@ -320,7 +320,7 @@ def test_rows_that_do_not_fit_are_refused_unless_filled(tmp_path):
         h5concat(tmp_path / "all.h5", [[a, b]], axis=(0, 1))
     with pytest.raises(DataError, match=r"rows of \[6, 3\] elements along axis 1"):
         h5concat(tmp_path / "all.h5", [[a, a], [b]], axis=(0, 1))
-    h5concat(tmp_path / "all.h5", [[a, b], [b, tmp_path / "gone.h5"]], axis=(0, 1), fill=7)
+    h5concat(tmp_path / "all.h5", [[a, b], [b]], axis=(0, 1), fill=7)
     whole = np.full((6, 6), 7)
     whole[:2, :3], whole[:3, 3:], whole[3:, :3] = 0, 1, 1
     assert np.array_equal(read(tmp_path / "all.h5", "x"), whole)
@@ -329,8 +329,9 @@ def test_rows_that_do_not_fit_are_refused_unless_filled(tmp_path):
             h5concat(tmp_path / "more.h5", sources, axis)
     with pytest.raises(DataError, match="are the same one"):
         h5concat(tmp_path / "more.h5", [[a, b]], axis=(0, -2))
-    with pytest.raises(DataError, match="cannot be told: that file has no dataset"):
-        h5concat(tmp_path / "more.h5", [a, tmp_path / "gone.h5"], fill=0)
+    for axis, sources in [(0, [a, tmp_path / "gone.h5"]), ((0, 1), [[a, b], [b, tmp_path / "gone.h5"]])]:
+        with pytest.raises(DataError, match=r"no file '.*gone\.h5'"):
+            h5concat(tmp_path / "more.h5", sources, axis, fill=0)
 
 
 # --- how it is told, and what comes with it ------------------------------------------------------------------
@@ -420,6 +421,124 @@ def test_strings_and_links_are_joined_too(tmp_path):
         assert file["link"].asstr()[...].tolist() == ["word 0", "ß", "word 1", "ß"]
 
 
+@pytest.mark.parametrize("chunks", [None, 2])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [[[1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]]] * 2,
+        [[[], [], []]] * 2,
+        [[[1], [2], [3]], [[], [1]]],
+        [[[1, 2]]],
+        [[[]], [[1]], [[1, 2], [3], [4, 5]]],
+    ],
+)
+def test_sequences_of_any_lengths_are_joined(tmp_path, parts, chunks):
+    paths = []
+    for number, sequences in enumerate(parts):
+        paths.append(tmp_path / f"{number}.h5")
+        with h5py.File(paths[-1], "w") as file:
+            dataset = file.create_dataset(
+                "x",
+                (len(sequences),),
+                h5py.vlen_dtype(">f4"),
+                chunks=chunks and (chunks,),
+                maxshape=(None,) if chunks else None,
+            )
+            for place, sequence in enumerate(sequences):
+                dataset[place] = np.array(sequence, ">f4")
+    h5concat(tmp_path / "all.h5", paths)
+    found = read(tmp_path / "all.h5", "x")
+    assert h5py.check_vlen_dtype(found.dtype) == np.dtype(">f4")
+    assert [sequence.tolist() for sequence in found] == [sequence for part in parts for sequence in part]
+
+
+def test_sequences_of_different_numbers_are_refused(tmp_path):
+    for name in ("f4", "f8"):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file.create_dataset("x", (2,), h5py.vlen_dtype(name))
+    with pytest.raises(DataError, match=r"is sequences of float32 in .*, but sequences of float64 in .*convert one"):
+        h5concat(tmp_path / "all.h5", [tmp_path / "f4.h5", tmp_path / "f8.h5"])
+
+
+def packed(path, **attributes):
+    with h5py.File(path, "w") as file:
+        file["x"] = np.array([1, 2, -9], "i2")
+        file["x"].attrs.update(attributes)
+    return path
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"scale_factor": np.float32(0.1)}, {"scale_factor": np.float32(0.2)}, "scale_factor = 0.1 in .*, but 0.2 in"),
+        ({"add_offset": 1}, {}, "add_offset = 1 in .*, but none in"),
+        ({}, {"_FillValue": np.int16(-9)}, "_FillValue = none in .*, but -9 in"),
+        ({"missing_value": -9}, {"missing_value": np.nan}, "missing_value = -9 in .*, but nan in"),
+        ({"valid_min": 0}, {"valid_min": 1}, "valid_min"),
+        ({"valid_max": 0}, {"valid_max": 1}, "valid_max"),
+        ({"valid_range": [0, 5]}, {"valid_range": [0, 6]}, r"valid_range = \[0, 5\] in .*, but \[0, 6\] in"),
+        ({"_Unsigned": "true"}, {"_Unsigned": "false"}, "_Unsigned = true in .*, but false in"),
+    ],
+)
+def test_numbers_that_stand_for_others_in_each_file_are_refused(tmp_path, first, second, message, virtual):
+    paths = [packed(tmp_path / "a.h5", **first), packed(tmp_path / "b.h5", **second)]
+    with pytest.raises(DataError, match=rf"dataset '/x' has {message} .*b\.h5'.*unpack=True"):
+        h5concat(tmp_path / "all.h5", paths, virtual=virtual)
+    assert not (tmp_path / "all.h5").exists()
+
+
+def test_what_packed_numbers_stand_for_is_joined_as_the_message_says(tmp_path):
+    paths = [packed(tmp_path / f"{n}.h5", scale_factor=np.float32(n), _FillValue=np.int16(-9)) for n in (2, 3)]
+    with pytest.raises(DataError, match=r"h5write\(destination, hdf5\(\[…\], unpack=True\)\)"):
+        h5concat(tmp_path / "all.h5", paths)
+    with hdf5(paths, unpack=True) as source:
+        h5write(tmp_path / "all.h5", source)
+    assert np.array_equal(read(tmp_path / "all.h5", "x"), [2, 4, np.nan, 3, 6, np.nan], equal_nan=True)
+
+
+def test_packed_files_with_the_same_attributes_are_joined_and_keep_them(tmp_path):
+    same = {"scale_factor": np.float32(0.5), "missing_value": np.nan, "valid_range": [-3.0, np.nan], "units": "K"}
+    paths = [packed(tmp_path / "a.h5", **same), packed(tmp_path / "b.h5", **same | {"scale_factor": [0.5], "units": "C"})]
+    h5concat(tmp_path / "all.h5", paths)
+    with h5py.File(tmp_path / "all.h5") as file:
+        assert file["x"][...].tolist() == [1, 2, -9] * 2
+        assert file["x"].attrs["scale_factor"] == 0.5
+
+
+def test_unsigned_numbers_in_signed_ones_are_not_widened(tmp_path):
+    paths = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    for path, dtype in zip(paths, ["i1", "i2"]):
+        with h5py.File(path, "w") as file:
+            file["x"] = np.array([-1], dtype)
+            file["x"].attrs["_Unsigned"] = "true"
+    with pytest.raises(DataError, match=r"is int8 in .*, but int16 in"):
+        h5concat(tmp_path / "all.h5", paths, fill=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "contiguous"}, {"shuffle": True, "compression": "gzip"}])
+def test_a_file_alone_is_copied_whole_into_another_layout(tmp_path, options):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["g/x"] = np.arange(12.0).reshape(6, 2)
+        file["g/scalar"], file["text"], file["null"] = 3, "ß", h5py.Empty("f4")
+        file["words"] = np.array(["a", "ß"], dtype=h5py.string_dtype())
+        file["none"] = np.zeros((0, 3))
+        for name in ("g", "g/x", "g/scalar", "text", "null"):
+            file[name].attrs["note"] = f"of {name}"
+    h5concat(tmp_path / "b.h5", [tmp_path / "a.h5"], **options)
+    with h5py.File(tmp_path / "a.h5") as old, h5py.File(tmp_path / "b.h5") as new:
+        names = []
+        new.visit(names.append)
+        assert sorted(names) == ["g", "g/scalar", "g/x", "none", "null", "text", "words"]
+        for name in names:
+            assert dict(new[name].attrs) == dict(old[name].attrs)
+        for name in ("g/x", "g/scalar", "text", "words", "none"):
+            assert new[name].dtype == old[name].dtype
+            assert np.array_equal(new[name][()], old[name][()])
+        assert new["null"].shape is None
+        assert new["g/x"].compression == options.get("compression")
+
+
 def test_a_file_may_be_joined_with_itself(tmp_path):
     h5write(tmp_path / "a.h5", {"x": np.arange(3)})
     h5concat(tmp_path / "all.h5", [tmp_path / "a.h5"] * 2)
@@ -471,7 +590,7 @@ def test_arguments_that_make_no_sense_are_named(tmp_path):
             "dataset '/y' in .* has shape (2,): axis must lie in -1 … 0, got 1",
         ),
         (DataError, (target, [source], -2), "got -2"),
-        (DataError, (target, [tmp_path / "scalar.h5"]), "is a scalar"),
+        (DataError, (target, [tmp_path / "scalar.h5"] * 2), "is a scalar"),
         (DataError, (target, [tmp_path / "loop.h5"]), "only links to datasets"),
         (DataError, (target, [tmp_path / "dangling.h5"]), "leads nowhere"),
         (DataError, (target, [tmp_path / "references.h5"]), "holds references"),

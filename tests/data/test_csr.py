@@ -43,7 +43,9 @@ def h5ad(tmp_path_factory):
 
 @pytest.mark.parametrize("compression", [None, "gzip", "lzf"])
 def test_rows_are_those_of_anndata(h5ad, compression):
-    path, read = h5ad / f"{compression}.h5ad", np.load(h5ad / "read.npz")
+    path = h5ad / f"{compression}.h5ad"
+    with np.load(h5ad / "read.npz") as saved:
+        read = dict(saved)
     with csr(path, "X", threads=2) as source, hdf5(path, "obs", datasets=["size", "kind/codes"]) as obs:
         assert np.array_equal(source.batch(30)(0), read["x"])
         assert source(3).dtype == torch.float32

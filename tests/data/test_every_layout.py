@@ -56,32 +56,32 @@ def datasets(draw, rows, axis, filters):
     side = {1: 150, 2: 40, 3: 9, 4: 5}[rank]
     shape = [draw(st.integers(1, side)) for _ in range(rank)]
     shape[axis] = rows
-    given = dict(
-        shape=tuple(shape),
-        dtype=draw(st.sampled_from([*DTYPES, *COMPOUNDS])),
-        layout=layout,
-        fill=draw(st.sampled_from([None, 0, 1])),
-        written=draw(st.sampled_from(["all", "all", "part", "none"])),
-        content=draw(st.sampled_from(["noise", "steps", "levels"])),
-        seed=draw(st.integers(0, 99)),
-        before=draw(st.sampled_from([0, 1, 3])),
-    )
+    given = {
+        "shape": tuple(shape),
+        "dtype": draw(st.sampled_from([*DTYPES, *COMPOUNDS])),
+        "layout": layout,
+        "fill": draw(st.sampled_from([None, 0, 1])),
+        "written": draw(st.sampled_from(["all", "all", "part", "none"])),
+        "content": draw(st.sampled_from(["noise", "steps", "levels"])),
+        "seed": draw(st.integers(0, 99)),
+        "before": draw(st.sampled_from([0, 1, 3])),
+    }
     if layout == "compact" and math.prod(shape) > 1000:
         # A header holds less than 64 KiB.
-        given |= dict(layout="contiguous")
+        given |= {"layout": "contiguous"}
     if layout == "contiguous":
-        given |= dict(allocated=draw(st.sampled_from(["DEFAULT", "EARLY"])))
+        given |= {"allocated": draw(st.sampled_from(["DEFAULT", "EARLY"]))}
     if layout == "external":
         # Without a first write there is no such file.
-        given |= dict(written="all")
+        given |= {"written": "all"}
     if layout == "chunked":
         given |= draw(chunkings(given["shape"], given["dtype"], filters))
     if not given.get("whole_edges", True):
         # HDF5 2.0 does not grow such datasets right: it gives errors, or leaves chunks that it cannot read.
-        given |= dict(steps=())
+        given |= {"steps": ()}
     # A dtype with parts has no fill value that is one number, nor does an enum have 1 alone.
     if given["dtype"] in COMPOUNDS:
-        given |= dict(fill=None)
+        given |= {"fill": None}
     return Dataset(**given)
 
 
@@ -96,15 +96,15 @@ def chunkings(draw, shape, dtype, filters):
         chosen = ()
     if {"szip", "nbit", "scaleoffset"} & {*names} and (dtype in COMPOUNDS or dtype[1:] in ("?", "enum", "f2", "c8", "c16")):
         chosen = ()
-    given = dict(chunks=chunks, filters=chosen)
-    given |= dict(allocated=draw(st.sampled_from(["DEFAULT", "EARLY", "LATE", "INCR"])))
-    given |= dict(whole_edges=draw(st.booleans()), unfiltered=draw(st.integers(0, 4)) == 0)
+    given = {"chunks": chunks, "filters": chosen}
+    given |= {"allocated": draw(st.sampled_from(["DEFAULT", "EARLY", "LATE", "INCR"]))}
+    given |= {"whole_edges": draw(st.booleans()), "unfiltered": draw(st.integers(0, 4)) == 0}
     if free:
-        given |= dict(maxshape=draw(st.sampled_from([(None,) * len(shape), (None, *(size + 9 for size in shape[1:]))])))
+        given |= {"maxshape": draw(st.sampled_from([(None,) * len(shape), (None, *(size + 9 for size in shape[1:]))]))}
         if len(shape) > 1 and given["maxshape"][1] is not None:
             given["maxshape"] = (None, *(max(size, chunk) for size, chunk in zip(given["maxshape"][1:], chunks[1:])))
         sizes = st.tuples(*(st.integers(1, size + 4) for size in shape))
-        given |= dict(steps=tuple(draw(st.lists(sizes, max_size=2))))
+        given |= {"steps": tuple(draw(st.lists(sizes, max_size=2)))}
     return given
 
 
@@ -173,7 +173,7 @@ def check_file(path, theirs, described, rows, axis, options, draw):
 @st.composite
 def readings(draw, rows):
     """How to read: threads, bytes for the cache (of less than one chunk, or of all), and which rows."""
-    options = dict(threads=draw(st.sampled_from([1, 3])), memory=draw(st.sampled_from([1, 1000, "64 MiB"])))
+    options = {"threads": draw(st.sampled_from([1, 3])), "memory": draw(st.sampled_from([1, 1000, "64 MiB"]))}
     places = st.lists(st.integers(0, rows - 1), min_size=1, max_size=40).map(lambda given: np.array(given, np.int64))
     return options, draw(st.lists(places, min_size=1, max_size=3))
 
@@ -182,19 +182,19 @@ def check_drawn(writer, path, drawn, data):
     described, rows, axis = drawn
     theirs = writer.write(path, described)
     options, places = data.draw(readings(rows))
-    options |= dict(axis=axis)
+    options |= {"axis": axis}
     facts = check_file(path, theirs, described, rows, axis, options, places)
     for name, item in zip(theirs, described.datasets):
         assert re.search(r", (mmap|direct|h5py): ", facts[name])[1] in ways(item), item
 
 
-@settings(max_examples=40)
+@settings(max_examples=70)
 @given(drawn=files(st.sampled_from([*DIRECT, *ONLY_HDF5])), data=st.data())
 def test_every_combination_that_hdf5_itself_writes(tmp_path_factory, writer, drawn, data):
     check_drawn(writer, tmp_path_factory.getbasetemp() / "every.h5", drawn, data)
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(drawn=files(st.sampled_from(PLUGIN)), data=st.data())
 def test_every_combination_that_hdf5plugin_writes(tmp_path_factory, writer, drawn, data):
     check_drawn(writer, tmp_path_factory.getbasetemp() / "plugin.h5", drawn, data)

@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import functrain as ft
+from functrain.core.errors import DataError
 from functrain.data.h5.checksum import fletcher32
+from functrain.data.h5.chunked import _held
 from functrain.data.h5.filters import DecodeError, Filter, Pipeline, ShortError, names
 from functrain.data.h5.scratch import RAW, scratch
 
@@ -356,3 +359,54 @@ def test_threads_do_not_disturb_each_other(codec):
     expected = [written.read() for written in all_written]
     with ThreadPoolExecutor(4) as pool:
         assert all(result == expected[turn % 8] for turn, result in enumerate(pool.map(check, range(200))))
+
+
+BROKEN = """
+import sys
+sys.path.insert(0, {folder!r})
+import functrain as ft, numpy as np
+for name in ("gzip", "lzf"):
+    with ft.hdf5({path!r}, name) as source:
+        assert np.array_equal(source.batch(100)(0).numpy(), np.arange(100.0)), name
+        print(source.explain())
+"""
+
+
+@pytest.mark.parametrize("packages", [("zlib_into",), ("imagecodecs", "zlib_into"), ("deflate", "imagecodecs", "zlib_into")])
+def test_a_package_that_cannot_be_imported_is_done_without(tmp_path, packages):
+    path, folder = tmp_path / "a.h5", tmp_path / "packages"
+    with h5py.File(path, "w") as file:
+        for name in ("gzip", "lzf"):
+            file.create_dataset(name, data=np.arange(100.0), chunks=(9,), compression=name, shuffle=True)
+    folder.mkdir()
+    for name in packages:
+        (folder / f"{name}.py").write_text("raise ImportError('libmissing.so: cannot open shared object file')")
+    program = BROKEN.format(folder=str(folder), path=str(path))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("libmissing.so") == len(packages) - 1
+
+
+def test_a_filter_that_h5py_lacks_is_no_damage(tmp_path):
+    for name, maxshape, libver in (("a", (20, 30), "earliest"), ("b", (20, None), "latest")):
+        path = tmp_path / f"{name}.h5"
+        with h5py.File(path, "w", libver=libver) as file:
+            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plist.set_chunk((10, 10))
+            plist.set_filter(32100, h5py.h5z.FLAG_OPTIONAL, ())
+            most = tuple(h5py.h5s.UNLIMITED if size is None else size for size in maxshape)
+            kind, shape = h5py.h5t.py_create(np.dtype("f8")), h5py.h5s.create_simple((20, 30), most)
+            dataset = h5py.Dataset(h5py.h5d.create(file.id, b"x", kind, shape, plist))
+            dataset.id.write_direct_chunk((0, 0), bytes(800), 0)
+        with ft.hdf5(path, "x") as source, pytest.raises(DataError, match="lacks the filter") as caught:
+            source(0)
+        assert "damaged" not in str(caught.value)
+
+
+def test_bytes_between_fields_do_not_count(tmp_path):
+    inner = np.dtype({"names": ["a", "b"], "formats": ["u1", "<f8"], "offsets": [1, 8], "itemsize": 24})
+    dtype = np.dtype({"names": ["p", "v"], "formats": [(inner, (2,)), ">i2"], "offsets": [3, 60], "itemsize": 64})
+    held = np.zeros(64, np.bool_)
+    held[[4, 28, 60, 61]] = held[11:19] = held[35:43] = True
+    assert np.array_equal(_held(dtype), held)
+    assert _held(np.dtype("S7")).all()

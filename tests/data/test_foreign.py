@@ -264,8 +264,55 @@ def test_an_iteration_that_ends_early_says_where():
     with ft.prefetch(source, 2) as batches:
         stream = iter(batches)
         assert [int(next(stream)) for _ in range(5)] == [0, 1, 2, 3, 4]
-        with pytest.raises(ft.PositionError, match="ended after 5"):
-            next(stream)
+        assert list(stream) == []
+
+
+@pytest.mark.parametrize("kind", ["begun anew", "once"])
+def test_iteration_ends_where_the_iterable_does(kind):
+    begin = begun(5)[0]
+
+    def fresh():
+        return ft.source(begin if kind == "begun anew" else begin())
+
+    assert [int(n) for n in fresh()] == [int(n) for n in fresh().map(lambda n: n)] == [0, 1, 2, 3, 4]
+    assert [int(n) for n in fresh().shard(1, 2)] == [1, 3]
+    assert [(int(a), int(b)) for a, b in fresh().zip(ft.arrays(torch.arange(9)).repeat())] == [(n, n) for n in range(5)]
+    assert [batch.tolist() for batch in fresh().batch(2)] == [[0, 1], [2, 3], [4]]
+    assert [batch.tolist() for batch in fresh().batch(2, drop_last=True)] == [[0, 1], [2, 3]]
+    assert [batch.tolist() for batch in fresh().batch(5)] == [[0, 1, 2, 3, 4]]
+    with ft.prefetch(fresh().batch(2), 3) as batches:
+        assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
+    with ft.prefetch(fresh().batch(2), 3) as batches, pytest.raises(ft.PositionError, match="position 6 lies outside"):
+        list(batches.between(0, 5))
+    source = fresh()
+    assert len(list(source)) == 5
+    with pytest.raises(ft.PositionError, match="position 5 lies outside"):
+        source(5)
+    with pytest.raises(ft.ArgumentError, match=r"split needs a length.*length=n"):
+        source.split(0.5)
+    with pytest.raises(ft.ArgumentError, match="length=n"):
+        len(source)
+
+
+def test_a_length_can_be_stated():
+    source = ft.source(begun(60)[0], length=10)
+    assert len(source) == 10
+    assert [int(n) for n in source] == list(range(10))
+    check_source(source.windows(5))
+    assert [part.length for part in source.split(0.8, seed=0)] == [8, 2]
+    with pytest.raises(ft.PositionError, match=r"ended after 5 of the 6 items that length= promised"):
+        list(ft.source(begun(5)[0], length=6))
+
+    class Unsized:
+        def __getitem__(self, i):
+            return i * i
+
+    assert [int(n) for n in ft.source(Unsized(), length=3)] == [0, 1, 4]
+    for data in ([1, 2], ft.source([1, 2])):
+        with pytest.raises(ft.ArgumentError, match=r"length is for what has no len\(\)"):
+            ft.source(data, length=2)
+    with pytest.raises(ft.ArgumentError, match="length must be at least 1"):
+        ft.source(begun(5)[0], length=0)
 
 
 def test_an_error_is_raised_again_by_a_new_iteration():

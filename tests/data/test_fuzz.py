@@ -9,6 +9,7 @@ import pytest
 from h5files import Dataset, File, writing
 
 SHUFFLE, GZIP, FLETCHER = ("shuffle", ()), ("deflate", (4,)), ("fletcher32", ())
+# What checksums cover whole, in the later format.
 COVERED = {
     "gzip": (GZIP,),
     "shuffle gzip fletcher": (SHUFFLE, GZIP, FLETCHER),
@@ -30,6 +31,17 @@ OPEN = {
     "scaleoffset": (("scaleoffset", (2, 0)),),
     "nbit": (("nbit", ()),),
 }
+# Other layouts, and, in the later format, the other kinds of index: by array, by tree, of one chunk, of none. Sequences and
+# virtual datasets are left out: HDF5 2.0 itself never ends, or dies, on some damage to the heap that holds their parts.
+LAYOUTS = {
+    "contiguous": {"dtype": ">f8", "content": "noise"},
+    "compact": {"layout": "compact"},
+    "compound": {"layout": "chunked", "dtype": "nested", "chunks": (8, 9), "filters": (GZIP,)},
+    "by array, chunks file": {"maxshape": (None, 9), "layout": "chunked", "chunks": (4, 5), "filters": (SHUFFLE, GZIP)},
+    "by tree, chunks file": {"maxshape": (None, None), "layout": "chunked", "chunks": (4, 5), "filters": (GZIP, FLETCHER)},
+    "one, chunks file": {"layout": "chunked", "chunks": (23, 9), "filters": (GZIP, FLETCHER)},
+    "none": {"layout": "chunked", "chunks": (4, 5), "allocated": "EARLY"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +57,10 @@ def originals(tmp_path_factory):
                 item = Dataset((23, 9), "<i4", "chunked", (8, 9), filters=filters, content="levels")
                 called = f"{name}, {covers}" if name in COVERED else name
                 writer.write(folders[libver] / f"{called}.h5", File((item,), libver=libver))
-            writer.write(folders[libver] / "contiguous.h5", File((Dataset((23, 9), ">f8", content="noise"),), libver=libver))
+            for name, given in LAYOUTS.items():
+                item = Dataset(**{"shape": (23, 9), "dtype": "<i4", "content": "levels", **given})
+                called = name if libver == "latest" else name.replace(" file", "")
+                writer.write(folders[libver] / f"{called}.h5", File((item,), libver=libver))
     return folders
 
 

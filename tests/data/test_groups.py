@@ -119,3 +119,31 @@ def test_explain_tells_how_many_groups():
     train, test = TEN.split(0.8, seed=4, groups=torch.arange(10) // 2)
     assert "part: 8 of 10 elements, in 4 groups, drawn with seed 4" in str(ft.explain(train))
     assert "part: 2 of 10 elements, in 1 groups" in str(ft.explain(test))
+
+
+def test_labels_are_given_by_a_source_and_never_by_name(tmp_path):
+    people = np.array([3, 3, 1, 1, 2, 2])
+    ft.h5write(tmp_path / "a.h5", {"x": np.arange(6), "person": people})
+    with ft.hdf5(tmp_path / "a.h5", "x") as source, ft.hdf5(tmp_path / "a.h5", "person") as person:
+        parts = source.split(0.5, seed=1, groups=person)
+        assert [part(i) for part in parts for i in range(len(part))] == [
+            part(i) for part in source.split(0.5, seed=1, groups=people) for i in range(len(part))
+        ]
+        ours, theirs = source.balanced(person), source.balanced(people)
+        assert [int(x) for x in ours] == [int(x) for x in theirs]
+        for wrong in (lambda: source.split(0.5, groups="person"), lambda: source.balanced("person")):
+            with pytest.raises(ft.ArgumentError, match=r"got the name 'person'.*functrain\.hdf5\(path, 'person'\)"):
+                wrong()
+        with pytest.raises(ft.ArgumentError, match="labels are"):
+            source.split(0.5, groups=ft.hdf5(tmp_path / "a.h5"))
+
+
+def test_the_sources_of_a_concatenation_and_the_files_of_a_pattern_are_groups(tmp_path):
+    joined = ft.concat([ft.arrays(torch.arange(n)) for n in (3, 1, 4)])
+    assert joined.groups.tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    for name in "abc":
+        ft.h5write(tmp_path / f"{name}.h5", {"x": np.full(4, ord(name))})
+    with ft.hdf5(tmp_path / "*.h5", "x") as source:
+        train, test = source.split(0.67, seed=0, groups=source.groups)
+        assert not {int(x) for x in train} & {int(x) for x in test}
+        assert (len(train), len(test)) == (8, 4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 import functrain as ft
 from functrain.core.errors import DataError
+from functrain.data.h5.filters import Pipeline
 
 DRAW = np.random.default_rng(0)
 DTYPES = ("bool", "u1", "i2", "u4", "i8", "f2", "f4", "f8", "c8", "c16")
@@ -196,3 +199,50 @@ def test_what_cannot_be_hashed_is_told(tmp_path: Path) -> None:
     chunked.write_bytes(data)
     with pytest.raises(DataError, match=r"dataset 'x' in .* chunk \(5,\)"):
         ft.content_hash(chunked)
+
+
+def test_of_tall_chunks_a_row_is_not_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = DRAW.integers(0, 9, (20_000, 60)).astype("f8")
+    path = written(tmp_path / "a.h5", x=(array, {"chunks": (20_000, 1), "compression": "gzip", "compression_opts": 1}))
+    decoded = []
+
+    class Counting(Pipeline):
+        def decode(self, raw: bytes | memoryview, mask: int, out: np.ndarray) -> None:
+            decoded.append(len(raw))
+            super().decode(raw, mask, out)
+
+    monkeypatch.setattr("functrain.data.h5.layout.Pipeline", Counting)
+    # Whether all chunks that lie side by side fit in the memory, or must be decoded again for each piece.
+    for most, bound in ((64 << 20, 2), (5 << 20, 4)):
+        monkeypatch.setattr("functrain.data.h5.hashes._PIECE", 1 << 20)
+        monkeypatch.setattr("functrain.data.h5.hashes._MOST", most)
+        decoded.clear()
+        assert ft.content_hash(path, "x") == expected("float64", array.shape, array.tobytes())
+        assert 60 <= len(decoded) <= 60 * bound
+
+
+def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.h5", good=np.arange(4))
+    with h5py.File(path, "a") as file:
+        file.id.links.create_hard(b"bad\xff", file.id, b"good")
+        file.create_group(b"group\xfe")["x"] = np.arange(4)
+    names = ["bad\udcff", "good", "group\udcfe/x"]
+    assert ft.content_hash(path) == dict.fromkeys(names, expected("int64", (4,), np.arange(4).tobytes()))
+    for name in names:
+        with ft.hdf5(path, name) as source:
+            assert source(3) == 3
+    with ft.hdf5(path) as source:
+        assert source(3) == {"bad\udcff": 3, "good": 3}
+    with ft.hdf5(path, "group\udcfe", datasets=["x"]) as source:
+        assert source(3) == {"x": 3}
+    with pytest.raises(DataError, match="not UTF-8"):
+        ft.h5concat(tmp_path / "b.h5", [path, path])
+    command = [sys.executable, "-m", "functrain.cli", "data", "inspect", str(path), "--no-speed"]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert b"group" in done.stdout
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"functrain: the output cannot be written")
+    assert b"Traceback" not in done.stderr

@@ -171,20 +171,26 @@ def test_what_is_missing_or_not_to_be_read_is_named(tmp_path):
     with h5py.File(path, "w") as file:
         file["train/x"] = np.zeros((4, 2))
         file["train/short"] = np.zeros(3)
-        file["odd/scalar"] = 3
+        file["odd/scalar"] = file["beside/rate"] = 3
+        file["beside/x"] = np.zeros(4)
+        for name, size in {"data": 5, "indices": 5, "indptr": 4}.items():
+            file[f"matrix/{name}"] = np.zeros(size)
         file["odd/none"] = np.zeros((0, 3))
         file["odd/null"] = h5py.Empty("f4")
         file["odd/dangling"] = h5py.SoftLink("/nowhere")
     for arguments, message in [
-        ({"group": "test"}, "has no 'test': '/' holds 'odd', 'train'"),
+        ({"group": "test"}, "has no 'test': '/' holds 'beside', 'matrix', 'odd', 'train'"),
         ({"group": "train/z"}, "has no 'train/z': 'train' holds 'short', 'x'"),
         ({"group": "no/where"}, "has no 'no/where'"),
         ({"group": "odd/dangling"}, "leads nowhere"),
         ({"group": "train", "datasets": ["z"]}, "'train' holds 'short', 'x'"),
         ({"datasets": ["train"]}, "is a group, not a dataset: it holds 'short', 'x'"),
-        ({}, "holds no datasets, but 'odd', 'train': name a group"),
+        ({}, "holds no datasets, but 'beside', 'matrix', 'odd', 'train': name a group"),
         ({"group": "train"}, "differ in length ('train/short': 3, 'train/x': 4)"),
         ({"group": "odd/scalar"}, "is a scalar"),
+        ({"group": "beside"}, "is a scalar: expected shape (N, …); choose others with datasets=[…]"),
+        ({"group": "matrix"}, f"a sparse matrix is read by functrain.csr({str(path)!r}, 'matrix')"),
+        ({"group": "train"}, "with offsets, by functrain.ragged"),
         ({"group": "odd/null"}, "is empty"),
         ({"group": "odd/none"}, "no samples: its shape is (0, 3)"),
     ]:

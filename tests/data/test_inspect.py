@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import functrain as ft
+from functrain.cli.data import show
 from functrain.core.errors import DataError
 from functrain.data.h5.inspect import DatasetReport, Report
 
@@ -119,8 +120,43 @@ def test_groups_are_entered_once_and_tell_of_themselves(report: Report) -> None:
 
 
 def test_attributes_that_say_how_to_read_are_told(report: Report) -> None:
-    attributes = of(report, "deep/er/packed").attributes
-    assert attributes == {"scale_factor": "0.5", "units": "K", "packed": "unpack=True gives what the numbers stand for"}
+    packed = of(report, "deep/er/packed")
+    assert packed.attributes == {"scale_factor": "0.5", "units": "K"}
+    # Not as though it were an attribute.
+    assert [each.name for each in report.datasets if each.packed] == [packed.name]
+
+
+def test_it_is_printed_as_the_command_line_shows_it(shelf: Path, report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(report)
+    lines = text.splitlines()
+    assert lines[0].endswith("a.h5: " + lines[0].rpartition(": ")[2])
+    head, *rows = lines[1 : 2 + len(report.datasets)]
+    assert head.split() == ["dataset", "shape", "dtype", "layout", "filters", "size", "ratio", "way", "MB/s"]
+    for each, row in zip(report.datasets, rows):
+        assert row.startswith(each.name)
+        assert row.index(each.dtype, len(each.name)) == head.index("dtype")
+    assert "packed: unpack=True gives what the numbers stand for\n  deep/er/packed\n" in text
+    assert "  deep/er/packed: scale_factor = 0.5, units = K\n" in text
+    show(report)
+    # Cells are folded there, where they have not enough room.
+    assert set(capsys.readouterr().out.split()) - set(text.split()) == set()
+
+
+def test_names_that_a_terminal_would_take_for_commands_are_written_out(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["\x1b[31mred\n"] = np.arange(3)
+    lines = str(ft.h5inspect(tmp_path / "a.h5")).splitlines()
+    assert lines[2].startswith("\\x1b[31mred\\n")
+
+
+def test_small_datasets_are_no_concern_and_others_are_for_h5advice_to_measure(tmp_path: Path) -> None:
+    for length in (50, 200):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("x", (length, 1000), "f8", chunks=(50, 10))
+        (x,) = ft.h5inspect(tmp_path / "a.h5").datasets
+        (told,) = ft.h5advice(tmp_path / "a.h5", seconds=0.05).datasets
+        assert told.advice.endswith("It is small: keep it.") == (x.warnings == ())
+        assert any("h5advice" in warning for warning in x.warnings) == (length == 200)
 
 
 def test_hashes_are_those_of_content_hash(shelf: Path, report: Report) -> None:

@@ -210,7 +210,7 @@ def test_a_file_that_was_replaced_is_not_taken_for_the_one_that_was_there(tmp_pa
     assert len(list(shelved.shard(1, 40))) == 3
     for i in range(3, 120, 3):
         shelved(i)
-    with pytest.raises(DataError, match=r"demo_0\.h5' was replaced since"):
+    with pytest.raises(DataError, match=r"demo_0\.h5' was replaced or changed since"):
         shelved(0)
     assert int(shelved.refreshed()(0)["y"]) == 7
 

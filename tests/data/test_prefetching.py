@@ -97,10 +97,10 @@ def test_an_error_shows_where_in_the_source_it_was_raised():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: prefetch(TEN, 0), "depth must be an int of at least 1"),
+        (lambda: prefetch(TEN, 0), "depth must be at least 1"),
         (lambda: prefetch(TEN, 1.5), "depth must be an int"),
         (lambda: prefetch(TEN, True), "depth must be an int"),
-        (lambda: prefetch(TEN, workers=0), "workers must be an int of at least 1"),
+        (lambda: prefetch(TEN, workers=0), "workers must be at least 1"),
         (lambda: prefetch(TEN, workers=2.0), "workers must be an int"),
         (lambda: prefetch(TEN, 2, workers=3), "at most depth=2 elements are loaded at a time, so by as many workers: got 3"),
         (lambda: prefetch([1, 2], workers=2), "one after the other, workers=1"),

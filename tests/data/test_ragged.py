@@ -142,6 +142,12 @@ def test_padded_keeps_dtypes_and_further_dimensions(dtype):
     assert torch.equal(filled.sum((2, 3)) != 0, mask)
 
 
+def test_padded_names_the_longest_of_a_batch():
+    values, offsets = rows([3, 9, 5])
+    with pytest.raises(TreeError, match=r"an element has 9 rows, and padded\(2\) no room"):
+        ragged(values, offsets).padded(2).batch(3)(0)
+
+
 def test_padded_refuses_what_it_cannot_hold_or_tell_apart():
     numbers = ragged(torch.arange(5, dtype=torch.uint8), [0, 2, 5])
     for value in (-1, 256, 0.5, float("nan")):

@@ -38,7 +38,7 @@ class Server:
         self.content, self.tag = CONTENT, '"first"'
         self.requests: list[tuple[int, int]] = []
         self.before: Callable[[int], str] = lambda number: ""
-        self.ranges, self.says_size, self.tags = True, True, True
+        self.ranges, self.says_size, self.tags, self.guards = True, True, True, True
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._httpd.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
@@ -74,7 +74,7 @@ class Server:
                 if trouble.isdigit():
                     self.send_error(int(trouble))
                     return
-                if server.tags and self.headers.get("If-Match", server.tag) != server.tag:
+                if server.tags and server.guards and self.headers.get("If-Match", server.tag) != server.tag:
                     self.send_error(412)
                     return
                 self.send_response(206 if (start, stop) != (0, len(server.content)) else 200)
@@ -248,9 +248,9 @@ def test_wrong_options_are_told(memory: str) -> None:
         RemoteBytes("gs://bucket/a.h5")
 
 
-@pytest.mark.parametrize("tags", [True, False])
-def test_a_file_that_is_replaced_is_not_mixed_with_the_one_before(server: Server, tags: bool) -> None:
-    server.tags = tags
+@pytest.mark.parametrize(("tags", "guards"), [(True, True), (True, False), (False, False)])
+def test_a_file_that_is_replaced_is_not_mixed_with_the_one_before(server: Server, tags: bool, guards: bool) -> None:
+    server.tags, server.guards = tags, guards
     file = RemoteBytes(server.url)
     file.read(0, 10)
     server.content, server.tag = CONTENT[::-1] + b"x", '"second"'

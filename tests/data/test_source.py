@@ -162,3 +162,19 @@ def test_a_split_explains_its_part_and_a_source_of_ones_own_its_name():
     assert str(explain(Mine())).startswith("mine")
     with pytest.raises(NotImplementedError, match="Mine has to define get"):
         Mine()(0)
+
+
+@pytest.mark.parametrize("index", [slice(2, 5), "x", 1.0, [1, 2], None])
+def test_what_is_no_position_says_what_is_possible(index):
+    for read in (TEN.__getitem__, TEN):
+        with pytest.raises(TypeError, match=r"positions of a source are ints.*\.split.*\.map"):
+            read(index)
+
+
+def test_arrays_that_may_not_be_written_to_are_copied():
+    frozen = np.arange(3)
+    frozen.setflags(write=False)
+    element = TEN.map(lambda n: frozen)(0)
+    element += 1
+    assert frozen.tolist() == [0, 1, 2]
+    assert element.tolist() == [1, 2, 3]

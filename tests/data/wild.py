@@ -25,9 +25,10 @@ def pytables(path: str) -> Arrays:
         for library in libraries:
             if tables.which_lib_version(library.partition(":")[0]) is None:
                 continue
-            for name, more in [("", {}), ("_fletcher32", {"fletcher32": True}), ("_bits", {"shuffle": False, "bitshuffle": True})]:
-                if name == "_bits" and not library.startswith("blosc"):
-                    continue
+            ways: dict[str, dict[str, bool]] = {"": {}, "_fletcher32": {"fletcher32": True}}
+            if library.startswith("blosc"):
+                ways["_bits"] = {"shuffle": False, "bitshuffle": True}
+            for name, more in ways.items():
                 filters = tables.Filters(complevel=4, complib=library, **more)
                 file.create_carray("/", library.replace(":", "_") + name, obj=FRAMES, filters=filters, chunkshape=(7, 8, 6))
         growing = file.create_earray("/", "growing", tables.Float32Atom(), (0, 5), chunkshape=(8, 5))
@@ -93,7 +94,8 @@ def anndata(path: str) -> Arrays:
     import scipy.sparse as sp
 
     dense = FRAMES.reshape(50, 48).astype("f4")
-    obs = pandas.DataFrame({"size": dense.sum(1), "kind": pandas.Categorical(["a", "b"] * 25)}, index=[f"cell {n}" for n in range(50)])
+    kinds = pandas.Categorical(["a", "b"] * 25)
+    obs = pandas.DataFrame({"size": dense.sum(1), "kind": kinds}, index=[f"cell {n}" for n in range(50)])
     cells = ad.AnnData(X=dense, obs=obs, layers={"sparse": sp.csr_matrix(dense)}, obsm={"umap": DRAW.normal(size=(50, 2))})
     cells.write_h5ad(path, compression="gzip")
     again = ad.read_h5ad(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -11,135 +10,211 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from functrain.data.budget import Budget
+from functrain.data.budget import Account, Budget
+from functrain.data.forks import renew
 from functrain.data.h5.pool import Pool
 
 Load = Callable[[int, np.ndarray], None]
+Held = tuple[np.ndarray, list[int | None]]
+
+# How long to wait, at a time, for a chunk that another thread is at: that thread may have been interrupted.
+_PATIENCE = 0.2
+# Below these sizes, of a place and of all, memory by the 2 MiB would be more than what is counted.
+_LARGE_PLACE, _LARGE = 1 << 19, 1 << 26
+
+
+class Cache:
+    """The last chunks that were decoded, each in one of `slots` places of `size` bytes; `load(number, out)` decodes one.
+
+    A chunk is decoded once, however many threads ask for it. A read that is interrupted (Ctrl-C) may leave anything behind:
+    then all is forgotten, and the next one begins with empty places, as a forked process does.
+    """
+
+    def __init__(self, slots: int, size: int, budget: Budget, pool: Pool, load: Load) -> None:
+        self.slots, self.size, self._budget, self._pool, self._load = slots, size, budget, pool, load
+        self._places: _Places | None = None
+        budget.on_pressure(self)
+        renew(self)
+
+    def after_fork(self) -> None:
+        """In a forked process: what another thread of the parent process was at will never end in this one."""
+        self._places = None
+
+    def has(self, number: int) -> bool:
+        """Whether a chunk is here, or on its way."""
+        return self._places is not None and number in self._places.entries
+
+    @contextmanager
+    def holding(self, numbers: Sequence[int], spent: bool = False) -> Iterator[Held]:
+        """The memory `(slots, size)`, and for each of these chunks (each once) its place in it, which stays meanwhile.
+
+        None stands where no place was to be had: such a chunk is to be had `alone`. Those that are `spent` will not be wanted
+        soon: their places are the next to be used. Raises what loading raised.
+        """
+        places = self._now()
+        with self._whole(places), places.holding(numbers, self._budget.now(), spent, self) as held:
+            yield places.bytes, held
+
+    def alone(self, number: int) -> np.ndarray:
+        """A chunk `(size,)` in memory of its own, which nobody keeps."""
+        alone = np.empty(self.size, np.uint8)
+        self._load(number, alone)
+        return alone
+
+    def announce(self, numbers: Sequence[int]) -> None:
+        """Have these chunks decoded by the pool, into half of the places at most: what is in use now is not driven out."""
+        if self._pool.threads < 2:
+            return
+        places = self._now()
+        missing = [number for number in numbers if number not in places.entries]
+        if missing:
+            with self._whole(places):
+                places.announce(missing, self._budget.now(), self)
+
+    def oldest(self) -> int | None:
+        """When the chunk that would go first was last used; the budget compares."""
+        places = self._places
+        return None if places is None else places.oldest()
+
+    def evict(self, size: int) -> None:
+        """Let go of chunks that nobody holds, `size` bytes of them or all; the budget calls this."""
+        places = self._places
+        if places is not None:
+            with self._whole(places):
+                places.evict(size)
+
+    def _now(self) -> _Places:
+        places = self._places
+        if places is None:
+            places = self._places = _Places(self.slots, self.size, Account(self._budget), self._load, self._pool)
+        return places
+
+    @contextmanager
+    def _whole(self, places: _Places) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            if self._places is places:
+                self._places = None
+            places.abandon()
+            raise
 
 
 class _Entry:
     """A chunk that is there, or on its way."""
 
-    __slots__ = ("ahead", "claimed", "done", "error", "pins", "slot", "used_at")
+    __slots__ = ("ahead", "claimed", "coming", "error", "pins", "slot", "used_at")
 
     def __init__(self, slot: int, ahead: bool, used_at: int) -> None:
         self.slot, self.ahead, self.used_at = slot, ahead, used_at
         self.pins, self.claimed = 0, False
-        self.done = threading.Event()
         self.error: BaseException | None = None
+        # Held until the chunk is there. Let go of in one step, which an event is not: no interrupt comes in between.
+        self.coming = threading.Lock()
+        self.coming.acquire()
+
+    @property
+    def there(self) -> bool:
+        return not self.coming.locked()
 
 
-class Cache:
-    """The last chunks that were decoded, each in one of `slots` places of `size` bytes.
+class _Places:
+    """Memory for chunks, and which of them are in it.
 
-    The places lie side by side in one piece of memory, so that rows out of many chunks are gathered in one go, and
-    decoding writes into memory that is there already. Pages of it that were never used, or were evicted, take no memory.
-    A chunk is decoded once, however many threads ask for it; those that hold pins stay.
+    The places lie side by side, so that rows out of many chunks are gathered in one go, and decoding writes into memory that
+    is there already. Pages that were never used, or were evicted, take no memory.
     """
 
-    def __init__(self, slots: int, size: int, budget: Budget, pool: Pool, load: Load) -> None:
-        self.slots, self.size, self._budget, self._pool, self._load = slots, size, budget, pool, load
+    def __init__(self, slots: int, size: int, account: Account, load: Load, pool: Pool) -> None:
+        self._slots, self._size, self._account, self._load, self._pool = slots, size, account, load, pool
         # Private, so that a forked process has its own; not reserved, as most of it may never be used.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._memory = mmap.mmap(-1, slots * size, flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE") and size >= _LARGE_PLACE and slots * size >= _LARGE:
             # A first write to each 4 KiB cost as much as decoding fast codecs: 0.5 ms a MiB.
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._memory, np.uint8).reshape(slots, size)
-        self._reset()
-        budget.on_pressure(self)
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self.entries: OrderedDict[int, _Entry] = OrderedDict()
         # Empty places: those that count against the budget, and those that do not yet, or no longer.
         self._empty: list[int] = []
-        self._fresh = list(range(self.slots))[::-1]
+        self._fresh = list(range(slots))[::-1]
+        self._charged = np.zeros(slots, bool)
         self._ahead = 0
+        self._abandoned = False
 
-    def __del__(self) -> None:
-        if hasattr(self, "_fresh") and self._pid == os.getpid():
-            self._budget.release((self.slots - len(self._fresh)) * self.size)
+    def abandon(self) -> None:
+        """Nothing here is to be relied upon any more; threads that wait find out."""
+        self._abandoned = True
+        self._account.settle()
 
     # --- taking ----------------------------------------------------------------------------------------------
 
-    def has(self, number: int) -> bool:
-        """Whether a chunk is here, or on its way."""
-        return number in self._entries
-
     @contextmanager
-    def holding(self, numbers: Sequence[int], spent: bool = False) -> Iterator[list[int | np.ndarray]]:
-        """For each of these chunks (each once) its slot, or, where no place was to be had, its bytes `(size,)`.
-
-        Those that are `spent` will not be wanted soon: their places are the next to be used. Raises what loading raised.
-        """
-        self._begin(sum(number not in self._entries for number in numbers))
-        entries, mine = self._pin(numbers)
+    def holding(self, numbers: Sequence[int], now: int, spent: bool, asker: Cache) -> Iterator[list[int | None]]:
+        self._begin(sum(number not in self.entries for number in numbers), asker)
+        entries, mine = self._pin(numbers, now)
         try:
             self._work(mine)
-            yield [self._alone(n) if entry is None else self._arrived(n, entry) for n, entry in zip(numbers, entries)]
+            yield [None if entry is None else self._arrived(number, entry) for number, entry in zip(numbers, entries)]
         finally:
             with self._lock:
-                for entry in entries:
-                    if entry is not None:
-                        entry.pins -= 1
                 for number, entry in zip(numbers, entries):
-                    if spent and entry is not None and not entry.pins and self._entries.get(number) is entry:
-                        del self._entries[number]
+                    if entry is None:
+                        continue
+                    entry.pins -= 1
+                    if spent and entry.there and not entry.pins and self.entries.get(number) is entry:
+                        del self.entries[number]
                         self._empty.append(entry.slot)
 
-    def _begin(self, wanted: int) -> None:
+    def _begin(self, wanted: int, asker: Cache) -> None:
         """Have empty places for `wanted` chunks, as far as the budget goes."""
-        if self._pid != os.getpid():
-            # What another thread of the parent process was at will never end in this one.
-            self._reset()
         while self._fresh and len(self._empty) < wanted:
-            if len(self._fresh) == self.slots and not self._budget.room(self.size, self):
-                # One place there has to be.
-                self._budget.charge(self.size)
-            elif not self._budget.reserve(self.size, self):
+            # One place there has to be.
+            if not self._account.begin(self._size, len(self._fresh) == self._slots, asker):
                 break
             with self._lock:
-                if self._fresh:
-                    self._empty.append(self._fresh.pop())
-                else:
-                    self._budget.release(self.size)
+                slot = self._fresh.pop() if self._fresh else None
+                if slot is not None:
+                    self._charged[slot] = True
+                    self._empty.append(slot)
+            if slot is None:
+                self._account.end(self._size)
 
-    def _pin(self, numbers: Sequence[int]) -> tuple[list[_Entry | None], list[tuple[int, _Entry]]]:
-        entries: list[_Entry | None] = []
+    def _pin(self, numbers: Sequence[int], now: int) -> tuple[list[_Entry | None], list[tuple[int, _Entry]]]:
         mine = []
-        now = self._budget.now()
         with self._lock:
-            for number in numbers:
-                entry = self._entries.get(number)
-                if entry is None:
-                    entry = self._place(number, now)
-                    if entry is not None:
-                        mine.append((number, entry))
-                else:
-                    self._entries.move_to_end(number)
+            # What is here first: it must not make way for what is not.
+            found = [self.entries.get(number) for number in numbers]
+            for number, entry in zip(numbers, found):
+                if entry is not None:
+                    self.entries.move_to_end(number)
                     self._ahead -= entry.ahead
                     entry.ahead, entry.used_at = False, now
-                if entry is not None:
                     entry.pins += 1
-                entries.append(entry)
-        return entries, mine
+            for place, number in enumerate(numbers):
+                if found[place] is None and (entry := self._place(number, now)) is not None:
+                    entry.pins += 1
+                    found[place] = entry
+                    mine.append((number, entry))
+        return found, mine
 
     def _place(self, number: int, now: int, ahead: bool = False) -> _Entry | None:
         """A new entry in an empty slot, or in that of the chunk that was not used for the longest time."""
-        slot = self._empty.pop() if self._empty else self._oldest(ahead)
+        slot = self._empty.pop() if self._empty else self._last(ahead)
         if slot is None:
             return None
-        entry = self._entries[number] = _Entry(slot, ahead, now)
+        entry = self.entries[number] = _Entry(slot, ahead, now)
         self._ahead += ahead
         return entry
 
-    def _oldest(self, ahead: bool = False) -> int | None:
+    def _last(self, ahead: bool = False) -> int | None:
         """The slot of the chunk that was not used for the longest time, which is dropped; None where all are in use."""
-        for number, entry in self._entries.items():
-            if not entry.pins and entry.done.is_set() and not (ahead and entry.ahead):
-                del self._entries[number]
+        for number, entry in self.entries.items():
+            if not entry.pins and entry.there and not (ahead and entry.ahead):
+                del self.entries[number]
                 self._ahead -= entry.ahead
                 return entry.slot
         return None
@@ -155,7 +230,7 @@ class Cache:
     def _fill(self, number: int, entry: _Entry) -> None:
         """Load a chunk, unless somebody is at it already."""
         with self._lock:
-            if entry.claimed:
+            if entry.claimed or self._abandoned:
                 return
             entry.claimed = True
         try:
@@ -163,77 +238,73 @@ class Cache:
         except BaseException as error:
             entry.error = error
             with self._lock:
-                if self._entries.get(number) is entry:
-                    del self._entries[number]
+                if self.entries.get(number) is entry:
+                    del self.entries[number]
                     self._ahead -= entry.ahead
                     self._empty.append(entry.slot)
             if not isinstance(error, Exception):
                 raise
         finally:
-            entry.done.set()
+            entry.coming.release()
 
-    def _arrived(self, number: int, entry: _Entry) -> int | np.ndarray:
+    def _arrived(self, number: int, entry: _Entry) -> int | None:
         # What was announced may not have begun: then it is done here, and nobody waits for a thread that is busy elsewhere.
         self._fill(number, entry)
-        entry.done.wait()
-        return entry.slot if entry.error is None else self._alone(number)
-
-    def _alone(self, number: int) -> np.ndarray:
-        """A chunk in memory of its own, which nobody keeps."""
-        alone = np.empty(self.size, np.uint8)
-        self._load(number, alone)
-        return alone
+        while not entry.coming.acquire(timeout=_PATIENCE):
+            if self._abandoned:
+                return None
+        entry.coming.release()
+        return entry.slot if entry.error is None else None
 
     # --- ahead -----------------------------------------------------------------------------------------------
 
-    def announce(self, numbers: Sequence[int]) -> None:
-        """Have these chunks decoded by the pool, into half of the places at most: what is in use now is not driven out."""
-        if self._pool.threads < 2:
-            return
-        missing = [number for number in numbers if number not in self._entries]
-        if not missing:
-            return
-        self._begin(len(missing))
-        now = self._budget.now()
+    def announce(self, missing: Sequence[int], now: int, asker: Cache) -> None:
+        self._begin(min(len(missing), self._slots // 2), asker)
         for number in missing:
             with self._lock:
-                if number in self._entries:
+                if number in self.entries:
                     continue
-                entry = self._place(number, now, ahead=True) if self._ahead * 2 < self.slots else None
-            if entry is None or not self._pool.submit(self._fill, number, entry):
-                if entry is not None:
-                    self._drop(number, entry)
+                entry = self._place(number, now, ahead=True) if self._ahead * 2 < self._slots else None
+            if entry is None:
                 return
-
-    def _drop(self, number: int, entry: _Entry) -> None:
-        """Nobody will load this chunk ahead: whoever waits for it does."""
-        with self._lock:
-            if not entry.pins and not entry.claimed and self._entries.get(number) is entry:
-                del self._entries[number]
-                self._ahead -= entry.ahead
-                self._empty.append(entry.slot)
+            if not self._pool.submit(self._fill, number, entry):
+                with self._lock:
+                    # Nobody will load it: whoever waits for it does.
+                    if not entry.pins and not entry.claimed and self.entries.get(number) is entry:
+                        del self.entries[number]
+                        self._ahead -= entry.ahead
+                        self._empty.append(entry.slot)
+                return
 
     # --- giving back -----------------------------------------------------------------------------------------
 
     def oldest(self) -> int | None:
-        """When the chunk that would go first was last used; the budget compares."""
         with self._lock:
             if self._empty:
                 return 0
-            return next((entry.used_at for entry in self._entries.values() if not entry.pins and entry.done.is_set()), None)
+            return next((entry.used_at for entry in self.entries.values() if not entry.pins and entry.there), None)
 
     def evict(self, size: int) -> None:
-        """Let go of chunks that nobody holds, `size` bytes of them or all; the budget calls this."""
         freed = 0
         with self._lock:
             while freed < size:
-                slot = self._empty.pop() if self._empty else self._oldest()
+                slot = self._empty.pop() if self._empty else self._last()
                 if slot is None:
                     break
-                first = -(-slot * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
-                last = (slot + 1) * self.size // mmap.PAGESIZE * mmap.PAGESIZE
-                if last > first:
-                    self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+                self._charged[slot] = False
                 self._fresh.append(slot)
-                freed += self.size
-        self._budget.release(freed)
+                self._give_back(slot)
+                self._account.end(self._size)
+                freed += self._size
+
+    def _give_back(self, slot: int) -> None:
+        """Let go of the pages of a place, but for those that a neighbour in use shares."""
+        page = mmap.PAGESIZE
+        first, last = slot * self._size // page, ((slot + 1) * self._size - 1) // page
+        if self._charged[first * page // self._size : slot].any():
+            first += 1
+        if self._charged[slot + 1 : ((last + 1) * page - 1) // self._size + 1].any():
+            last -= 1
+        if first <= last:
+            start, stop = first * page, min((last + 1) * page, self._slots * self._size)
+            self._memory.madvise(mmap.MADV_DONTNEED, start, stop - start)

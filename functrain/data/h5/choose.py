@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,11 +93,13 @@ def choose(
     base, fields = _located(file, path, group, root)
     import h5py
 
+    bare = isinstance(base, h5py.Dataset) and wanted.datasets is None
     if isinstance(base, h5py.Dataset):
-        if wanted.datasets is not None:
+        if wanted.datasets is not None and not base.dtype.names:
             raise ArgumentError(f"{group!r} is a dataset: give its group, or leave datasets= out")
         if isinstance(wanted.axis, dict):
             raise ArgumentError(f"{group!r} is a dataset: axis takes an int, got {wanted.axis!r}")
+    if bare:
         items: dict[str, Item] = {"": (base, _parent(name, fields), fields)}
     elif wanted.datasets is None:
         items = {
@@ -108,7 +111,7 @@ def choose(
         for member in wanted.datasets:
             item, fields = _located(file, path, f"{name}/{member}", root)
             items[member] = (dataset_of(item, path, member), _parent(f"{name}/{member}", fields), fields)
-    return _choice(items, path, name, isinstance(base, h5py.Dataset), wanted, mappable, file.swmr_mode)
+    return _choice(items, path, name, bare, wanted, mappable, file.swmr_mode)
 
 
 def _choice(items: dict[str, Item], path: str, group: str, bare: bool, wanted: Wanted, mappable: bool, growing: bool) -> Choice:
@@ -121,17 +124,27 @@ def _choice(items: dict[str, Item], path: str, group: str, bare: bool, wanted: W
         within = _parent(key, fields)
         where = f"dataset {name!r} in {path!r}"
         if name not in layouts:
-            layouts[name] = layout_of(dataset, path, name, wanted.axis_of(within), mappable)
+            layouts[name] = _layout(dataset, path, name, wanted.axis_of(within), mappable, bare)
         with intact(f"the attributes of {where}"):
             packing = Packing.of(dataset, where) if wanted.unpack and not fields else None
             if packing is None and is_packed(dataset):
                 packed.add(key)
-        columns[key] = (name, Column(layouts[name], where, fields, packing))
+        columns[key] = (name, Column(layouts[name], where, fields, packing, key))
     if isinstance(wanted.axis, dict):
         unknown = wanted.axis.keys() - {_parent(key, column.fields) for key, (_, column) in columns.items()}
         if unknown:
             raise ArgumentError(f"axis names {sorted(unknown)}, which are not read: there are {sorted(columns)}")
-    return Choice(path, group, bare, _length(path, layouts, wanted.length, growing), layouts, columns, frozenset(packed))
+    length = _length(path, group, layouts, wanted.length, growing)
+    return Choice(path, group, bare, length, layouts, columns, frozenset(packed))
+
+
+def _layout(dataset: h5py.Dataset, path: str, name: str, axis: int, mappable: bool, bare: bool) -> Layout:
+    try:
+        return layout_of(dataset, path, name, axis, mappable)
+    except DataError as error:
+        if bare:
+            raise
+        raise DataError(f"{error}; choose others with datasets=[…]") from error
 
 
 def _parent(name: str, fields: tuple[str, ...]) -> str:
@@ -183,7 +196,7 @@ def _members(base: Any, file: h5py.File, path: str, prefix: str, where: str, roo
 
     members = {}
     with intact(where):
-        for name in base if isinstance(base, h5py.Group) else ():
+        for name in map(os.fsdecode, base) if isinstance(base, h5py.Group) else ():
             try:
                 item = found(file, path, f"{prefix}/{name}", root=root)
             except DataError as error:
@@ -196,7 +209,7 @@ def _members(base: Any, file: h5py.File, path: str, prefix: str, where: str, roo
     return members
 
 
-def _length(path: str, layouts: dict[str, Layout], length: int | None, growing: bool) -> int:
+def _length(path: str, group: str, layouts: dict[str, Layout], length: int | None, growing: bool) -> int:
     """The number of samples that the datasets share: the first `length`, or of growing ones, those that all have."""
     lengths = {name: layout.length for name, layout in layouts.items()}
     listed = ", ".join(f"{name!r}: {held}" for name, held in lengths.items())
@@ -207,9 +220,16 @@ def _length(path: str, layouts: dict[str, Layout], length: int | None, growing: 
     if len(set(lengths.values())) > 1 and not growing:
         raise DataError(
             f"the datasets in {path!r} differ in length ({listed}): choose with datasets=[…], or read the first of each with "
-            "length=…"
+            f"length=…; {_stretched(path, group, layouts)}"
         )
     return min(lengths.values())
+
+
+def _stretched(path: str, group: str, layouts: dict[str, Layout]) -> str:
+    """How datasets are read whose numbers lie end to end, and are cut by others."""
+    if {"data", "indices", "indptr"} <= {name.rpartition("/")[2] for name in layouts}:
+        return f"a sparse matrix is read by functrain.csr({path!r}, {group!r})"
+    return "values that lie end to end, with offsets, by functrain.ragged"
 
 
 def agreeing(choices: Sequence[Choice]) -> None:

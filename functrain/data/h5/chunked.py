@@ -84,22 +84,25 @@ class Chunked:
             # Who reads on from here comes back to this chunk in the next epoch: to keep it helps where all chunks can be kept.
             last = rows.stop == self.run or number * self.run + rows.stop == self.layout.length
             spent = last and self._cache.slots < len(self._index)
-            with self._cache.holding([number], spent) as (place,):
-                into[:] = self._elements(self._cache.bytes[place] if isinstance(place, int) else place)[rows]
+            with self._cache.holding([number], spent) as (memory, (place,)):
+                into[:] = self._elements(self._data(memory, number, place))[rows]
         return result.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
 
     def _rows(self, numbers: np.ndarray, inner: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        with self._cache.holding(wanted.tolist()) as held:
-            if all(isinstance(place, int) for place in held):
+        with self._cache.holding(wanted.tolist()) as (memory, held):
+            if None not in held:
                 slots = np.array(held, np.int64)[np.searchsorted(wanted, numbers)]
-                gathered = self._elements(self._cache.bytes.reshape(-1))[slots * self.run + inner]
+                gathered = self._elements(memory.reshape(-1))[slots * self.run + inner]
             else:
                 gathered = np.empty(len(numbers), self._void)
                 for number, place in zip(wanted.tolist(), held):
                     here = numbers == number
-                    data = self._cache.bytes[place] if isinstance(place, int) else place
-                    gathered[here] = self._elements(data)[inner[here]]
+                    gathered[here] = self._elements(self._data(memory, number, place))[inner[here]]
         return gathered.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
+
+    def _data(self, memory: np.ndarray, number: int, place: int | None) -> np.ndarray:
+        """The bytes of a chunk: those in its place, or, where there was none to be had, its own."""
+        return self._cache.alone(number) if place is None else memory[place]
 
     @property
     def _void(self) -> np.dtype:
@@ -124,9 +127,9 @@ class Chunked:
             chunks = beside[number].reshape(-1)
             for start in range(0, len(chunks), most):
                 group = chunks[start : start + most].tolist()
-                with self._cache.holding(group) as held:
+                with self._cache.holding(group) as (memory, held):
                     for chunk, place in zip(group, held):
-                        data = self._cache.bytes[place] if isinstance(place, int) else place
+                        data = self._data(memory, chunk, place)
                         piece = np.moveaxis(data.view(self.layout.dtype).reshape(index.chunks), axis, 0)
                         region = index.region(chunk)
                         target = (*region[:axis], *region[axis + 1 :])
@@ -156,10 +159,10 @@ class Direct:
             return
         try:
             self._decode(number, offset, out)
-        except ShortError as problem:
-            # HDF5 takes such a chunk, and gives the memory behind what there is.
+        except (ShortError, DataError) as problem:
+            # HDF5 takes such a chunk, and gives the memory behind what there is, or zeros behind the end of the file.
             raise self._damaged(number, offset, str(problem)) from problem
-        except (DecodeError, DataError) as problem:
+        except DecodeError as problem:
             self._once_more(number, offset, out, problem)
 
     def trial(self, number: int, out: np.ndarray) -> str | None:
@@ -168,7 +171,7 @@ class Direct:
             self._decode(number, int(self._index.offset[number]), out)
         except ShortError:
             raise
-        except (DecodeError, DataError) as problem:
+        except DecodeError as problem:
             return str(problem)
         return None
 
@@ -191,7 +194,7 @@ class Direct:
     def _damaged(self, number: int, offset: int, problem: str) -> DataError:
         return DataError(
             f"dataset {self._layout.name!r} in {self._layout.file!r} is damaged: chunk {self._index.coordinates(number)}, "
-            f"{int(self._index.size[number])} bytes from byte {offset}, cannot be decoded: {problem}"
+            f"{int(self._index.size[number])} bytes from byte {offset}, cannot be read: {problem}"
         )
 
 
@@ -217,7 +220,20 @@ def compared(index: ChunkIndex, direct: Direct, through: Through, number: int) -
         return problem
     valid = tuple(slice(0, part.stop - part.start) for part in index.region(number))
     first, second = (data.reshape(*index.chunks, index.itemsize)[valid] for data in (ours, theirs))
-    return None if np.array_equal(first, second) else "its numbers are others than h5py's"
+    held = _held(through.layout.dtype)
+    same = np.array_equal(first, second) or np.array_equal(first[..., held], second[..., held])
+    return None if same else "its numbers are others than h5py's"
+
+
+def _held(dtype: np.dtype) -> np.ndarray:
+    """Which bytes of an element hold numbers, bool `(itemsize,)`: not those between the fields of a compound."""
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        return np.tile(_held(base), math.prod(shape))
+    held = np.full(dtype.itemsize, dtype.names is None)
+    for field, offset, *_ in (dtype.fields or {}).values():
+        held[offset : offset + field.itemsize] |= _held(field)
+    return held
 
 
 def _samples(index: ChunkIndex, edges: bool) -> list[int]:

@@ -93,8 +93,11 @@ class Storage:
         try:
             return group.create_dataset(name, shape, dtype, fillvalue=fill, **options)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            unknown = "ompression filter" in str(error)
+            help = ". h5py has 'gzip' and 'lzf'; hdf5plugin has more: compression=hdf5plugin.Zstd(), .LZ4(), .Blosc() …"
             raise ArgumentError(
                 f"chunks {chunks} or compression {self.compression!r} do not suit {name!r} {shape}: {error}"
+                f"{help if unknown else ''}"
             ) from error
 
     def _compression(self) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from operator import eq
@@ -72,18 +74,22 @@ def _imagecodecs(installed: frozenset[str], code: int, name: str) -> Callable[..
     """A decoding function of imagecodecs."""
     if "imagecodecs" not in installed:
         raise Unsupported(f"{described(code)} needs imagecodecs: pip install 'functrain[codecs]'")
-    module = _module()
-    if not getattr(module, name.upper()).available:
-        raise Unsupported(f"{described(code)} is missing from the imagecodecs that is installed")
-    return getattr(module, f"{name}_decode")
-
-
-def _module() -> ModuleType:
+    module = _module("imagecodecs")
+    # It imports each codec when that is first asked for.
     try:
-        import imagecodecs
+        if getattr(module, name.upper()).available:
+            return getattr(module, f"{name}_decode")
+    except (ImportError, AttributeError):
+        pass
+    raise Unsupported(f"{described(code)} is missing from the imagecodecs that is installed")
+
+
+def _module(name: str) -> ModuleType:
+    """A package that is installed, and may still not be one that can be imported here."""
+    try:
+        return importlib.import_module(name)
     except ImportError as error:
-        raise Unsupported(f"imagecodecs cannot be imported: {error}") from error
-    return imagecodecs
+        raise Unsupported(f"{name} cannot be imported: {error}") from error
 
 
 def _filling(name: str, decode: Callable[..., Any], **options: Any) -> Decode:
@@ -116,7 +122,7 @@ def _inflate(installed: frozenset[str]) -> Decode:
     try:
         return _filling("deflate", _imagecodecs(installed, 1, "deflate"))
     except Unsupported:
-        import deflate
+        deflate: Any = _module("deflate")
 
     def inflate(data: memoryview, out: np.ndarray) -> None:
         try:
@@ -140,9 +146,8 @@ def _shuffle(installed: frozenset[str], values: Values) -> Codec | None:
         return None
     gather = _planes
     if "zlib_into" in installed and itemsize in (2, 4, 8):
-        import zlib_into
-
-        gather = zlib_into.unshuffle
+        with suppress(Unsupported):
+            gather = _module("zlib_into").unshuffle
 
     def unshuffle(data: memoryview, out: np.ndarray) -> None:
         check_size("shuffle has", len(data), out)

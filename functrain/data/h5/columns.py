@@ -15,26 +15,32 @@ from functrain.data.h5.packed import Packing
 from functrain.data.rows import readable, tensor
 
 Convert = Callable[[np.ndarray], Tree]
+_OTHERS = "choose others with datasets=[…] (fields as 'table/field')"
 
 
 class Column:
     """What becomes of the rows of a dataset, or of a field of it; `DataError` for a dtype that no tensor can hold.
 
-    `ragged` says whether rows have lengths of their own.
+    `ragged` says whether rows have lengths of their own, `sequences` whether they are more than bytes then, `key` how
+    `datasets=[…]` names it.
     """
 
-    def __init__(self, layout: Layout, where: str, fields: Sequence[str] = (), packing: Packing | None = None) -> None:
+    def __init__(
+        self, layout: Layout, where: str, fields: Sequence[str] = (), packing: Packing | None = None, key: str = ""
+    ) -> None:
         self.layout, self.fields, self.packing = layout, tuple(fields), packing
         dtype = layout.dtype
         for field in fields:
             dtype, where = dtype.base[field], f"field {field!r} of {where}"
         self._base = base = _sequence(dtype)
         self.ragged = base is not None
+        # Bytes, of an image say, are no steps of a sequence: a function decodes them.
+        self.sequences = base is not None and base.itemsize > 1
         if base is not None and layout.row_shape:
             raise DataError(f"{where} has shape {layout.shape}: sequences of variable length are read one to a sample, (N,)")
         if base is not None and fields:
             raise _refused(where, dtype)
-        self._convert = _converter(dtype if base is None else base, where)
+        self._convert = _converter(dtype if base is None else base, where, _chosen(dtype, key))
 
     def tensors(self, rows: np.ndarray) -> Tree:
         """Rows of the dataset as tensors `(K, …)`; those of a ragged column must have one length, or are a `TreeError`."""
@@ -92,18 +98,32 @@ def _swapped() -> bool:
         return int(dataset[0][0]) != 1
 
 
-def _converter(dtype: np.dtype, where: str) -> Convert:
+def _converter(dtype: np.dtype, where: str, advice: str = _OTHERS) -> Convert:
     if dtype.names:
-        each = {name: _converter(dtype[name], f"field {name!r} of {where}") for name in dtype.names}
+        each = {name: _converter(dtype[name], f"field {name!r} of {where}", advice) for name in dtype.names}
         return lambda rows: {name: convert(_apart(rows[name])) for name, convert in each.items()}
     if dtype.subdtype is not None:
         # The rows of such a field have its dimensions already.
-        return _converter(dtype.subdtype[0], where)
+        return _converter(dtype.subdtype[0], where, advice)
     if readable(dtype):
         return tensor
     if dtype.kind == "V" and dtype.itemsize:
         return _bytes
-    raise _refused(where, dtype)
+    raise _refused(where, dtype, advice)
+
+
+def _chosen(dtype: np.dtype, key: str) -> str:
+    """What to do about a compound that cannot be read whole: name the fields that can."""
+    held = [f"{key}/{name}".lstrip("/") for name in dtype.names or () if _holdable(dtype[name])]
+    return f"choose its other fields with datasets={held}" if held else _OTHERS
+
+
+def _holdable(dtype: np.dtype) -> bool:
+    try:
+        _converter(dtype, "")
+    except DataError:
+        return False
+    return True
 
 
 def _apart(field: np.ndarray) -> np.ndarray:
@@ -116,10 +136,10 @@ def _bytes(rows: np.ndarray) -> Tensor:
     return tensor(np.ascontiguousarray(rows).reshape(*rows.shape, 1).view(np.uint8))
 
 
-def _refused(where: str, dtype: np.dtype) -> DataError:
+def _refused(where: str, dtype: np.dtype, advice: str = _OTHERS) -> DataError:
     return DataError(
-        f"{where} has dtype {kind(dtype)}, which no tensor can hold: choose others with datasets=[…] (fields as "
-        "'table/field'), or write its numbers as bool, int, float or complex"
+        f"{where} has dtype {kind(dtype)}, which no tensor can hold: {advice}, or write its numbers as bool, int, float or "
+        "complex"
     )
 
 

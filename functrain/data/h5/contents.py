@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functrain.core.errors import DataError
 from functrain.data.h5.files import FAILURES, found
+from functrain.data.h5.links import in_bytes
 
 if TYPE_CHECKING:
     import h5py
@@ -54,7 +55,7 @@ def contents(file: h5py.File, path: str, group: str | None = None, root: str | N
 
 def _names(group: h5py.Group, prefix: str) -> list[str]:
     try:
-        return [f"{prefix}/{name}".lstrip("/") for name in sorted(group, reverse=True)]
+        return [f"{prefix}/{name}".lstrip("/") for name in sorted(map(os.fsdecode, group), reverse=True)]
     except FAILURES as error:
         where = f"{prefix or '/'!r} in {group.file.filename!r}"
         raise DataError(f"{where} cannot be listed, and may be damaged: {error}") from error
@@ -72,7 +73,7 @@ def _entry(file: h5py.File, path: str, name: str, root: str | None) -> Entry:
 def _link(file: h5py.File, name: str) -> str | None:
     import h5py
 
-    place = name.encode("utf-8", "surrogateescape")
+    place = in_bytes(name)
     kind = file.id.links.get_info(place).type
     if kind == h5py.h5l.TYPE_SOFT:
         return f"→ {os.fsdecode(file.id.links.get_val(place))}"

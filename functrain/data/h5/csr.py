@@ -13,6 +13,7 @@ from torch import Tensor
 from functrain.core.errors import ArgumentError, DataError
 from functrain.core.explain import Stage
 from functrain.core.tree import Tree
+from functrain.data.arguments import places
 from functrain.data.budget import Budget
 from functrain.data.h5.access import Access
 from functrain.data.h5.choose import Wanted, choose
@@ -96,6 +97,7 @@ class CSR(FileSource):
         return self.take(np.array([i]), epoch)[0]
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
+        indices = places(indices, len(self))
         entries = self._entries.rows(indices, epoch)
         lengths = torch.from_numpy(self._entries.lengths[indices])
         columns = entries["indices"].to(torch.int64)

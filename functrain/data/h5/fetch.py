@@ -35,12 +35,14 @@ class Fetcher:
         self._closed = threading.Event()
         self._calls = Calls(url, options)
         self._lone: LoneCalls | None = None
+        self._guards: bool | None = None
 
     def version(self) -> Version:
         """The version of the file that is there now; `DataError` for none, and for a server that gives whole files only."""
         version = self._attempted("be found", lambda: self._version(self._calls))
         if self._calls.http and version.size > 1:
             self._attempted("be read in parts", lambda: self._check_parts(version.size))
+            self._guarded(self._calls, version)
         return version
 
     def fetched(self, start: int, stop: int, version: Version, alone: bool = False) -> bytes:
@@ -53,10 +55,9 @@ class Fetcher:
         extra: dict[str, Any] = {}
         tag = version.marks.get("ETag", "")
         # With a tag that is not weak, an HTTP server checks by itself, and before it answers.
-        guarded = calls.http and tag.startswith('"')
+        guarded = self._guarded(calls, version)
         if calls.http:
-            condition = {"If-Match": tag} if guarded else {}
-            extra["headers"] = {**calls.system.kwargs.get("headers", {}), "Accept-Encoding": "identity", **condition}
+            extra["headers"] = _headers(calls, tag if guarded else None)
 
         def fetch() -> bytes:
             data = calls("cat_file", start=start, end=stop, **extra)
@@ -69,6 +70,24 @@ class Fetcher:
             return bytes(data)
 
         return self._attempted(f"be read at byte {start}", fetch)
+
+    def _guarded(self, calls: Calls, version: Version) -> bool:
+        """Whether the server gives no bytes of another version than the one asked for: found out once, by one that is not."""
+        if not calls.http or not version.marks.get("ETag", "").startswith('"'):
+            return False
+
+        def ask() -> bool:
+            try:
+                calls("cat_file", start=0, end=1, headers=_headers(calls, '"functrain: no version"'))
+            except Exception as error:
+                if getattr(error, "status", None) != 412:
+                    raise
+                return True
+            return False
+
+        if self._guards is None:
+            self._guards = self._attempted("be read by version", ask)
+        return self._guards
 
     def _alone(self) -> LoneCalls:
         if self._lone is None:
@@ -125,6 +144,12 @@ class Fetcher:
 
     def _changed(self) -> DataError:
         return DataError(f"{self.url!r} was replaced by another version since it was opened: open it again")
+
+
+def _headers(calls: Calls, tag: str | None) -> dict[str, str]:
+    """The headers of a request for bytes as they are, on condition of a tag."""
+    condition = {} if tag is None else {"If-Match": tag}
+    return {**calls.system.kwargs.get("headers", {}), "Accept-Encoding": "identity", **condition}
 
 
 def _final(error: BaseException) -> bool:

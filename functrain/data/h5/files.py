@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from functrain.core.errors import ArgumentError, DataError, FunctrainError
 from functrain.data.h5.growing import current
-from functrain.data.h5.links import Walk, check_regular
+from functrain.data.h5.links import Walk, check_regular, in_bytes
 from functrain.data.h5.raw import Bytes, is_url, open_bytes
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def found(file: h5py.File, path: str, name: str | None, *, root: str | None = No
         if "\0" in name:
             raise KeyError("a name holds no null character")
         walk.links(file, name)
-        item = file[name]
+        item = file[in_bytes(name)]
         if isinstance(item, h5py.Dataset):
             walk.storage(item, name)
             current(item)
@@ -132,7 +132,7 @@ def listing(item: h5py.Group | h5py.Datatype) -> str:
     import h5py
 
     try:
-        names = list(item) if isinstance(item, h5py.Group) else []
+        names = [os.fsdecode(name) for name in item] if isinstance(item, h5py.Group) else []
     except FAILURES as error:
         return f"what cannot be listed ({error})"
     return (", ".join(repr(name) for name in names[:20]) + (" …" if len(names) > 20 else "")) or "nothing"
@@ -162,12 +162,16 @@ class Handle:
         self._storage = storage
         self._raw: dict[str, Bytes] = {}
         self._handles: dict[int, Any] = {}
+        self._closed = False
+        self._seen: tuple[int, int] | None = None
 
     def here(self) -> h5py.File:
         """The file, open in this process."""
         pid = os.getpid()
         handle = self._handles.get(pid)
         if handle is None:
+            if self._closed:
+                raise DataError(f"{self.path!r} was closed")
             # Two threads may both open it: the first to come stays, without a lock that a fork could leave held.
             mine = self._opened()
             handle = self._handles.setdefault(pid, mine)
@@ -192,7 +196,7 @@ class Handle:
 
         raw = self.raw() if self.remote else None
         if not isinstance(raw, RemoteBytes):
-            return open_file(self.path, swmr=self.swmr)
+            return self._same(open_file(self.path, swmr=self.swmr))
         try:
             return h5py.File(RemoteFile(raw), "r")
         except FunctrainError:
@@ -200,8 +204,19 @@ class Handle:
         except FAILURES as error:
             raise _explained(self.path, raw.size(), error) from error
 
+    def _same(self, file: h5py.File) -> h5py.File:
+        """The file, if it is the one that was there when it was first opened: after a fork, it is opened again."""
+        status = os.stat(self.path)
+        found = status.st_dev, status.st_ino
+        if self._seen not in (None, found):
+            file.close()
+            raise DataError(f"{self.path!r} was replaced since it was opened: make the source again with hdf5(…)")
+        self._seen = found
+        return file
+
     def close(self) -> None:
         """Let go of the file, in this process."""
+        self._closed = True
         handle, raw = self._handles.pop(os.getpid(), None), self._raw.pop(self.path, None)
         for mine in (handle, raw):
             if mine is not None:

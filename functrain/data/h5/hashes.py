@@ -23,8 +23,8 @@ from functrain.data.h5.slabs import slabs
 if TYPE_CHECKING:
     import h5py
 
-# Bytes that are read, and hashed, at once.
-_PIECE = 16 << 20
+# Bytes that are read, and hashed, at once; and at most, where chunks have that many rows.
+_PIECE, _MOST = 16 << 20, 64 << 20
 
 
 def content_hash(path: str | os.PathLike[str], group: str | None = None) -> dict[str, str] | str:
@@ -72,7 +72,7 @@ class Hasher:
 
     def __init__(self, path: str, storage: Mapping[str, Any] | None = None) -> None:
         self._path = path
-        self._readers = Readers(path, memory=4 * _PIECE, storage=storage)
+        self._readers = Readers(path, memory=_MOST, storage=storage)
         self._beside = ThreadPoolExecutor(1, "functrain-hash")
 
     def of(self, dataset: h5py.Dataset, name: str) -> str:
@@ -105,8 +105,9 @@ class Hasher:
                 yield encode(np.asarray(dataset[slab]))
             return
         reader = self._readers.reader(layout_of(dataset, self._path, name, 0, not is_url(self._path)))
-        step = max(1, _PIECE // row)
-        step = max(1, step - step % reader.run)
+        # Chunks are decoded again for each piece that they reach into: here at most twice for every 64 MiB of such rows.
+        run = min(dataset.chunks[0] if dataset.chunks else 1, max(1, _MOST // row))
+        step = max(run, _PIECE // row // run * run)
         for start in range(0, dataset.shape[0], step):
             yield encode(reader.rows(slice(start, min(start + step, dataset.shape[0]))))
 

@@ -80,6 +80,9 @@ class ChunkIndex:
         grid = grid_of(shape, chunks)
         where = f"dataset {dataset.name!r} in {dataset.file.filename!r}"
         number = math.prod(grid)
+        wrong = misplaced(dataset)
+        if wrong is not None:
+            raise DataError(f"{where} has no index that can be used: {wrong}")
         if number > _MOST:
             raise DataError(f"{where} has a grid of {number:,} chunks of {chunks}, more than an index can hold: is it damaged?")
         found: list[tuple[tuple[int, ...], int, int, int]] = []
@@ -92,6 +95,23 @@ class ChunkIndex:
         if found:
             _place(where, found, grid, chunks, offset, size, mask)
         return cls(shape, chunks, itemsize, offset, size, mask)
+
+
+def misplaced(dataset: h5py.Dataset) -> str | None:
+    """Why HDF5 is not to be asked where the chunks of a dataset lie, as it names wrong ones; None where it may be.
+
+    HDF5 2.0 stores the chunks along the one axis that may grow without end as if that axis came first (extensible array), and
+    lists them as if it did not: chunks trade places, or seem to lie outside of the shape. Reading goes right.
+    """
+    import h5py
+
+    endless = [axis for axis, most in enumerate(dataset.maxshape) if most is None]
+    if len(endless) != 1 or math.prod(grid_of(dataset.maxshape[: endless[0]], dataset.chunks[: endless[0]])) <= 1:
+        return None
+    # Who asks for that index (libver v110 and later) gets object headers of version 2 too. With version 1, it is a B-tree.
+    if h5py.h5o.get_info(dataset.id).hdr.version == 1:
+        return None
+    return f"HDF5 misplaces chunks where only axis {endless[0]} is unlimited"
 
 
 # 2³¹ chunks have an index of 32 GiB: a shape that asks for more was not meant.

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from functrain.data.h5.files import FAILURES, intact, opened
 from functrain.data.h5.filters import Pipeline
 from functrain.data.h5.hashes import Hasher
 from functrain.data.h5.layout import layout_of
+from functrain.data.h5.members import PACKING
 from functrain.data.h5.packed import is_packed
 from functrain.data.h5.plausible import plausible
 from functrain.data.h5.raw import is_url
 from functrain.data.h5.readers import Reader, Readers
+from functrain.data.h5.report import DatasetReport, GroupReport, Report
 
 if TYPE_CHECKING:
     import h5py
@@ -39,58 +41,9 @@ _LEAST = 1 << 20
 _SMALL = 64 << 20
 # Attributes that say how to read a dataset or group.
 _TELLING = (
-    *("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range"),
+    *PACKING,
     *("units", "long_name", "encoding-type", "shape"),
 )
-
-
-class DatasetReport(NamedTuple):
-    """One dataset: `size` is that of all its elements, `stored` what they take in the file, both in bytes.
-
-    `way` is "mmap", "direct" or "h5py" with the `reason` for it, both empty where it is no source of samples; `speed` is in
-    bytes a second, decoded, None where it was not measured.
-    """
-
-    name: str
-    shape: tuple[int, ...] | None
-    dtype: str
-    layout: str
-    filters: str
-    size: int
-    stored: int
-    way: str
-    reason: str
-    speed: float | None
-    attributes: dict[str, str]
-    link: str | None
-    warnings: tuple[str, ...]
-    hash: str | None
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times smaller the dataset is in the file; None where nothing is stored."""
-        return self.size / self.stored if self.stored else None
-
-
-class GroupReport(NamedTuple):
-    """One group: how many datasets and groups lie directly in it; `link` where it is one that was not entered."""
-
-    name: str
-    datasets: int
-    groups: int
-    attributes: dict[str, str]
-    link: str | None
-    warnings: tuple[str, ...]
-
-
-class Report(NamedTuple):
-    """What a file, or a group of it, holds; `broken` are names that cannot be opened, with the reason."""
-
-    path: str
-    size: int
-    groups: tuple[GroupReport, ...]
-    datasets: tuple[DatasetReport, ...]
-    broken: tuple[tuple[str, str], ...]
 
 
 def h5inspect(
@@ -111,7 +64,7 @@ def h5inspect(
     - `root`, `storage`: as `hdf5` has them.
 
     What is wrong with one dataset is in its report's warnings and lets the others be. Raises `DataError` for a file that
-    cannot be opened, and a group that is not there.
+    cannot be opened, and a group that is not there. `print` shows it as a table.
 
     >>> import functrain as ft, tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -183,6 +136,7 @@ class _Look:
             reader.layout.reason if reader is not None else "",
             speed,
             _attributes(dataset),
+            self._tried(entry.name, complaints, lambda: is_packed(dataset)) or False,
             entry.link,
             tuple(dict.fromkeys(complaints)),
             hash_,
@@ -256,8 +210,6 @@ def _attributes(item: Any) -> dict[str, str]:
                 told[name] = value.decode("utf-8", "replace") if isinstance(value, bytes) else _short(value)
         except FAILURES as error:
             told[name] = f"cannot be read ({error})"
-    if hasattr(item, "dtype") and is_packed(item):
-        told["packed"] = "unpack=True gives what the numbers stand for"
     return told
 
 

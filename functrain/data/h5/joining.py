@@ -11,7 +11,7 @@ from functrain.core.errors import ArgumentError, DataError
 from functrain.data.h5.chunking import Storage
 from functrain.data.h5.files import intact
 from functrain.data.h5.output import Output
-from functrain.data.h5.parts import Joined, Part
+from functrain.data.h5.parts import Joined, Part, sequences
 from functrain.data.h5.raw_copy import copy_bytes, filters_of, hindrance, without_filters
 from functrain.data.h5.slabs import slabs
 
@@ -167,7 +167,11 @@ def _copy_decoded(output: Output, part: Part, target: h5py.Dataset, memory: int,
             block = dataset[slab]
         if block.dtype != target.dtype:
             block = _converted(block, target.dtype, where)
-        target[there] = block
+        if sequences(target.dtype) is not None:
+            # To `target[there] = …`, sequences of one length are a matrix.
+            target.write_direct(np.ascontiguousarray(block), None, there)
+        else:
+            target[there] = block
         output.check()
         progress.advance(int(block.size) * dataset.dtype.itemsize)
 

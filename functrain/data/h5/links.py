@@ -45,6 +45,8 @@ class Walk:
     root: str | None
     # The links that were followed, in words.
     trail: list[str] = field(default_factory=list)
+    # The files that were found behind them.
+    files: set[str] = field(default_factory=set)
     _virtual: list[tuple[str, int]] = field(default_factory=list)
     _seen: set[tuple[str, int]] = field(default_factory=set)
 
@@ -64,8 +66,8 @@ class Walk:
             part = pending.pop(0)
             here = "/".join([*done, part])
             try:
-                kind = file.id.links.get_info(_bytes(here)).type
-                value = None if kind == h5py.h5l.TYPE_HARD else file.id.links.get_val(_bytes(here))
+                kind = file.id.links.get_info(in_bytes(here)).type
+                value = None if kind == h5py.h5l.TYPE_HARD else file.id.links.get_val(in_bytes(here))
             except (KeyError, RuntimeError, OSError, ValueError, NotImplementedError):
                 return
             if kind == h5py.h5l.TYPE_HARD:
@@ -145,7 +147,7 @@ class Walk:
         import h5py
 
         for name in (each for name in names for each in _numbered(file, name)):
-            inner = Walk(self.root, [], self._virtual, self._seen)
+            inner = Walk(self.root, [], self.files, self._virtual, self._seen)
             inner.links(file, name)
             source = file.get(name)
             if not isinstance(source, h5py.Dataset):
@@ -168,6 +170,7 @@ class Walk:
             if self.root is not None and not _inside(path, self.root):
                 raise DataError(f"{where} leads to {os.path.realpath(path)!r}, outside of root={self.root!r}: not followed")
             check_regular(path, f"{where} leads to ")
+        self.files.update(paths)
         return paths
 
 
@@ -236,5 +239,6 @@ def _parts(name: str) -> list[str]:
     return [part for part in name.split("/") if part not in ("", ".")]
 
 
-def _bytes(name: str) -> bytes:
+def in_bytes(name: str) -> bytes:
+    """A name as it stands in a file, where it need not be UTF-8."""
     return name.encode("utf-8", "surrogateescape")

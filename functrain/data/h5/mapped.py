@@ -12,6 +12,7 @@ import numpy as np
 
 from functrain.core.errors import DataError
 from functrain.data.budget import Budget
+from functrain.data.forks import renew
 from functrain.data.h5.files import dataset_of, found, opened
 from functrain.data.h5.layout import Layout, layout_of
 from functrain.data.h5.raw import LocalBytes
@@ -28,6 +29,11 @@ class Region:
         self._held = self._used_at = 0
         self._lock = threading.Lock()
         budget.on_pressure(self)
+        renew(self)
+
+    def after_fork(self) -> None:
+        """In a forked process: nothing is held, and nobody holds the lock."""
+        self._held, self._lock = 0, threading.Lock()
 
     def __del__(self) -> None:
         if hasattr(self, "_held"):
@@ -149,5 +155,17 @@ def readmmap(path: str | os.PathLike[str], dataset: str) -> np.ndarray:
     with opened(path) as file:
         layout = layout_of(dataset_of(found(file, path, dataset), path, dataset), path, dataset)
     if layout.way != "mmap" or layout.offset is None:
-        raise DataError(f"dataset {layout.name!r} in {path!r} cannot be memory-mapped. It is {layout.reason}; hdf5() does")
+        raise DataError(
+            f"dataset {layout.name!r} in {path!r} cannot be memory-mapped. It is {_apart(layout)}. ft.hdf5 reads it"
+        )
     return np.memmap(layout.file, layout.dtype, "r", layout.offset, layout.shape)
+
+
+def _apart(layout: Layout) -> str:
+    """Why the bytes of a dataset are not an array as they lie in the file."""
+    if layout.index is None or layout.pipeline is None:
+        return layout.reason.removesuffix(": read through h5py")
+    text = f"stored in chunks of {'x'.join(map(str, layout.index.chunks))}"
+    if layout.pipeline.plain:
+        return f"{text}, which may lie anywhere in the file, and an np.memmap shows a single stretch of it"
+    return f"{text}, encoded with {layout.pipeline}, and an np.memmap shows bytes as they are in the file"

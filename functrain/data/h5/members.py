@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functrain.core.errors import DataError
@@ -10,6 +11,12 @@ from functrain.data.h5.links import Walk
 
 if TYPE_CHECKING:
     import h5py
+
+# Attributes that say what the numbers of a dataset stand for.
+PACKING = (
+    *("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range"),
+    "_Unsigned",
+)
 
 
 class Members(NamedTuple):
@@ -30,6 +37,8 @@ def members(file: h5py.File, path: str) -> Members:
     while pending:
         group = found.groups[pending.pop()]
         for key in group:
+            if isinstance(key, bytes):
+                raise DataError(f"{os.fsdecode(key)!r} in {group.name!r} of {path!r} is a name that is not UTF-8: rename it")
             name = f"{group.name.rstrip('/')}/{key}"
             item = _behind(file, name, path)
             if isinstance(item, h5py.Dataset):

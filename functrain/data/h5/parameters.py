@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TYPE_CHECKING
 
 from functrain.core.errors import DataError
@@ -39,13 +40,28 @@ def check_parameters(dataset: h5py.Dataset) -> None:
             raise DataError(f"{where} is damaged: its filter {name} has the parameters {found[1]}")
 
 
+def check_size(dataset: h5py.Dataset, end: int = 0) -> None:
+    """Raise `DataError` if the dataset's file has become shorter since it was opened, or ends before byte `end`.
+
+    Behind the end of a file, HDF5 2.0 reads zeros.
+    """
+    file = dataset.file
+    if file.driver != "sec2":
+        return
+    size, needed = os.fstat(file.id.get_vfd_handle()).st_size, max(end, file.id.get_filesize())
+    if size < needed:
+        where = f"dataset {dataset.name!r} in {file.filename!r}"
+        raise DataError(f"{where} cannot be read: the file was cut short to {size} bytes, and {needed} are needed")
+
+
 def check_chunk(dataset: h5py.Dataset, index: ChunkIndex, pipeline: Pipeline, number: int) -> None:
-    """Raise `DataError` for a chunk by szip that claims to be larger than a chunk is.
+    """Raise `DataError` for a chunk that lies behind the end of the file, or by szip claims to be larger than a chunk is.
 
     With one byte of a chunk of 288 bytes damaged, HDF5 2.0 was seen to take 4 GiB for it.
     """
     import h5py
 
+    check_size(dataset, int(index.offset[number]) + int(index.size[number]))
     mask = int(index.mask[number])
     filters = [filter.code for place, filter in enumerate(pipeline.filters) if not mask >> place & 1]
     added = filters.count(h5py.h5z.FILTER_FLETCHER32)

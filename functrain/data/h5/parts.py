@@ -6,14 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from functrain.core.errors import DataError
 from functrain.data.h5.files import intact
 from functrain.data.h5.layout import check_chunks
-from functrain.data.h5.members import Members
+from functrain.data.h5.members import PACKING, Members
 from functrain.data.h5.virtual import check_virtual
 
 if TYPE_CHECKING:
@@ -177,10 +177,12 @@ class _Joining:
 
     def _same(self, other: h5py.Dataset, path: str) -> None:
         name, model, first = self.name, self.model, self.path
-        if other.dtype != model.dtype and not self.filled:
-            raise DataError(
-                f"dataset {name!r} is {model.dtype} in {first!r}, but {other.dtype} in {path!r}: convert one of them"
-            )
+        # To NumPy, sequences of any numbers are objects.
+        inner = [sequences(dataset.dtype) for dataset in (model, other)]
+        if inner[0] != inner[1] or (other.dtype != model.dtype and (not self.filled or "_Unsigned" in model.attrs)):
+            kinds = [f"sequences of {kind}" if kind else dataset.dtype for kind, dataset in zip(inner, (model, other))]
+            raise DataError(f"dataset {name!r} is {kinds[0]} in {first!r}, but {kinds[1]} in {path!r}: convert one of them")
+        self._stand_for_the_same(other, path)
         if other.shape is None or len(other.shape) != len(model.shape):
             raise DataError(
                 f"dataset {name!r} has shape {model.shape} in {first!r}, but {other.shape} in {path!r}: ranks differ"
@@ -192,6 +194,16 @@ class _Joining:
                 f"dataset {name!r} has shape {model.shape} in {first!r}, but {other.shape} in {path!r}: they may differ along "
                 f"axis {allowed} only, or give fill="
             )
+
+    def _stand_for_the_same(self, other: h5py.Dataset, path: str) -> None:
+        for key in PACKING:
+            ours, theirs = (dataset.attrs.get(key) for dataset in (self.model, other))
+            if not _equal(ours, theirs):
+                raise DataError(
+                    f"dataset {self.name!r} has {key} = {_shown(ours)} in {self.path!r}, but {_shown(theirs)} in {path!r}: the "
+                    "numbers of one would mean others in the joined dataset. Join what they stand for: "
+                    "h5write(destination, hdf5([…], unpack=True))"
+                )
 
     def _dtype(self) -> np.dtype | None:
         kinds = [dataset.dtype for row in self.cells for dataset in row if dataset is not None]
@@ -218,9 +230,33 @@ def _axis(name: str, path: str, dataset: h5py.Dataset, axis: int) -> int:
     return axis % rank
 
 
+def sequences(dtype: np.dtype) -> np.dtype | None:
+    """The dtype of the numbers in sequences of variable length; None for everything else."""
+    import h5py
+
+    inner = h5py.check_vlen_dtype(dtype)
+    return inner if isinstance(inner, np.dtype) else None
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return one is other
+    one, other = np.ravel(one), np.ravel(other)
+    numbers = one.dtype.kind == other.dtype.kind == "f"
+    return np.array_equal(one, other, equal_nan=numbers)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    # A float32 with the digits that it has.
+    numbers = np.ravel(value)
+    return str(numbers[0]) if len(numbers) == 1 else f"[{', '.join(map(str, numbers))}]"
+
+
 def _length(dataset: h5py.Dataset, axis: int | None) -> int | None:
     shape = dataset.shape or ()
     return shape[axis] if axis is not None and -len(shape) <= axis < len(shape) else None
 
 
-__all__ = ["Grid", "Joined", "Part", "joined"]
+__all__ = ["Grid", "Joined", "Part", "joined", "sequences"]

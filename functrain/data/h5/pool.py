@@ -5,8 +5,63 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
+
+# What is to be done, with its arguments; None where a thread is to end.
+_Tasks = SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]] | None]
+
+
+class _Crew:
+    """The threads of one process. They wait at a queue in C: an executor of the standard library has locks in Python,
+    which a Ctrl-C in `submit` left held (seen)."""
+
+    def __init__(self, threads: int) -> None:
+        self._tasks: _Tasks = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_serve, args=(self._tasks,), name=f"functrain-decode-{number}", daemon=False)
+            for number in range(threads)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._tasks.put((work, arguments))
+
+    def stop(self) -> None:
+        """Drop what has not begun, and have the threads end."""
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in self._threads:
+            self._tasks.put(None)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join()
+
+
+def _serve(tasks: _Tasks) -> None:
+    while True:
+        try:
+            task = tasks.get(timeout=1.0)
+        except Empty:
+            # A program that ends with an open source must not wait for threads that nobody will wake.
+            if not threading.main_thread().is_alive():
+                return
+            continue
+        if task is None:
+            return
+        work, arguments = task
+        # Whoever asked for it finds the error where the chunk is missing.
+        with suppress(Exception):
+            work(*arguments)
+        # Not kept alive by a thread that waits for the next.
+        del task, work, arguments
 
 
 class Pool:
@@ -14,7 +69,7 @@ class Pool:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._executors: dict[int, ThreadPoolExecutor] = {}
+        self._crews: dict[int, _Crew] = {}
         self._closed = False
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> bool:
@@ -23,15 +78,17 @@ class Pool:
             return False
         # Threads do not cross a fork: each process starts its own.
         pid = os.getpid()
-        executor = self._executors.get(pid)
-        if executor is None:
-            mine = ThreadPoolExecutor(self.threads, "functrain-decode")
-            executor = self._executors.setdefault(pid, mine)
-        try:
-            executor.submit(work, *arguments)
-        except RuntimeError:
-            # Closed in between, or the interpreter ends.
-            return False
+        crew = self._crews.get(pid)
+        if crew is None:
+            mine = _Crew(self.threads)
+            crew = self._crews.setdefault(pid, mine)
+            if crew is mine:
+                try:
+                    crew.start()
+                except RuntimeError:
+                    # The interpreter ends, or the system has no threads left: the caller works.
+                    return False
+        crew.put(work, arguments)
         return True
 
     def all(self, jobs: Sequence[Callable[[], None]]) -> None:
@@ -61,9 +118,19 @@ class Pool:
         if errors:
             raise errors[0]
 
+    def stop(self) -> None:
+        """Have the threads end, without waiting: for a source that is forgotten, at a moment that is not its own.
+
+        A collection may come while the lock of h5py is held, which a thread may wait for.
+        """
+        self._closed = True
+        crew = self._crews.get(os.getpid())
+        if crew is not None:
+            crew.stop()
+
     def close(self) -> None:
         """End the threads after the work that they are at; what has not begun is dropped."""
-        self._closed = True
-        executor = self._executors.pop(os.getpid(), None)
-        if executor is not None:
-            executor.shutdown(wait=True, cancel_futures=True)
+        self.stop()
+        crew = self._crews.pop(os.getpid(), None)
+        if crew is not None:
+            crew.join()

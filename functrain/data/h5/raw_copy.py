@@ -13,7 +13,7 @@ from functrain.core.errors import DataError
 from functrain.data.h5.disk import Piece
 from functrain.data.h5.files import intact
 from functrain.data.h5.filters import DecodeError, verified
-from functrain.data.h5.index import ChunkIndex
+from functrain.data.h5.index import ChunkIndex, misplaced
 from functrain.data.h5.output import Output
 
 if TYPE_CHECKING:
@@ -86,6 +86,9 @@ def _chunked(dataset: h5py.Dataset, target: h5py.Dataset, start: Place) -> str |
     if target.maxshape != target.shape and fill_of(dataset) != fill_of(target):
         # Behind the end of its last chunk, where the target may grow to, stands its own.
         return "another fill value"
+    wrong = misplaced(dataset)
+    if wrong is not None:
+        return wrong
     itemsize = dataset.dtype.itemsize
     if filters[0] and _is_partial(dataset) and _leaves_partial(plists[0], itemsize) != _leaves_partial(plists[1], itemsize):
         return "partial chunks are filtered on one side only"

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from functrain.core import tree
+from functrain.core.errors import DataError
 from functrain.core.tree import Tree
+from functrain.data.arguments import places
 from functrain.data.h5.choose import Choice
 from functrain.data.h5.columns import kind
 from functrain.data.h5.shelf import FileSource, Shelf
@@ -34,6 +36,10 @@ class HDF5(FileSource):
     def ragged(self) -> bool:
         return self._ragged
 
+    @property
+    def sequences(self) -> bool:
+        return any(column.sequences for _, column in self._choice.columns.values())
+
     def get(self, i: int, epoch: int) -> Tree:
         return tree.map(lambda leaf: leaf[0], self.take(np.array([i]), epoch))
 
@@ -49,10 +55,17 @@ class HDF5(FileSource):
         return [self._choice.element(dict(zip(each, leaves))) for leaves in zip(*each.values())]
 
     def _read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        indices = places(indices, len(self))
         file = self._shelf.file(self.path)
         run = whole_run(indices)
         where = indices if run is None else run
-        return {name: file.reader(layout).rows(where) for name, layout in self._choice.layouts.items()}
+        try:
+            return {name: file.reader(layout).rows(where) for name, layout in self._choice.layouts.items()}
+        except DataError as error:
+            # Closed by another thread meanwhile, which looks like damage from within.
+            if self._shelf.closed:
+                raise DataError(f"the source over {self.path!r} was closed while it was read") from error
+            raise
 
     @property
     def heeding(self) -> bool:

@@ -16,18 +16,18 @@ from functrain.data.h5.raw import is_url
 from functrain.data.h5.readers import Reader
 from functrain.data.source import Source
 
-Identity = tuple[int, int] | None
+Identity = tuple[int, ...] | None
 
 
 def identity(path: str) -> Identity:
-    """What tells a file from another of the same name; None for one elsewhere."""
+    """What tells a file from another of the same name, or from itself before it was written again; None for one elsewhere."""
     if is_url(path):
         return None
     try:
         status = os.stat(path)
     except OSError as error:
         raise DataError(f"no file {path!r}: {error}") from error
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class OpenFile:
@@ -58,7 +58,7 @@ class Shelf:
         self._open: dict[str, OpenFile] = {}
         self.closed = False
         self._most = _most()
-        self._end = weakref.finalize(self, self._pool.close)
+        weakref.finalize(self, self._pool.stop)
 
     def __reduce__(self) -> tuple[type[Shelf], tuple[Access, Mapping[str, Identity]]]:
         # Another process opens the files itself.
@@ -72,20 +72,25 @@ class Shelf:
         if file is None:
             # Without a lock, which a fork could leave held: two threads may both open it, and the first to come stays.
             mine = OpenFile(self._access, path, self._pool)
-            if identity(path) != self._identities[path]:
-                raise DataError(f"{path!r} was replaced since this source was made: make it again with hdf5(…)")
+            if self._other(path):
+                raise DataError(f"{path!r} was replaced or changed since this source was made: make it again with hdf5(…)")
             file = self._open.setdefault(path, mine)
             while len(self._open) > self._most:
                 # Dropped, not closed: another thread may be reading from it.
                 self._open.pop(next(iter(tuple(self._open))), None)
         return file
 
+    def _other(self, path: str) -> bool:
+        now, then = identity(path), self._identities[path]
+        # One that grows is itself as long as it is the same file.
+        return now[:2] != then[:2] if self._access.swmr and now and then else now != then
+
     def close(self) -> None:
         """Let go of all files, end the threads."""
         self.closed = True
         while self._open:
             self._open.popitem()[1].close()
-        self._end()
+        self._pool.close()
 
 
 def _most() -> int:

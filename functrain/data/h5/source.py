@@ -37,8 +37,10 @@ def hdf5(
     - `path`: a file, or several: a list, or a pattern such as "data/*.h5". Their rows follow one upon the other, in the order
       of the list, or the natural order of names (demo_9, demo_10). A URL is read through fsspec.
     - `group`: where the datasets lie; default the root. If it names a dataset, elements are its bare rows. A pattern such as
-      "data/demo_*" names several, whose rows follow one upon the other; `functrain.episodes` takes them apart again.
-    - `datasets`: which of them; default all that lie directly in the group. Fields of compounds go by "table/field".
+      "data/demo_*" names several, whose rows follow one upon the other; `functrain.episodes` takes them apart again, and
+      `.groups` `(N,)` has the number of the file or group of each row.
+    - `datasets`: which of them; default all that lie directly in the group. Fields of compounds go by
+      "table/field", or by their names alone if `group` is the table; elements have them under the names that were given.
     - `axis`: along which samples lie, for all or by name, `{"x": 1}`; elements lack it. Negative ones count from the end.
     - `length`: the first so many samples; it holds fast where a file grows.
 
@@ -47,15 +49,17 @@ def hdf5(
     - `threads` decode compressed chunks, and are ended by `close`, or with the source.
     - `memory` bounds the decoded chunks that are kept: a size, or a `Budget` that others share.
     - `unpack`: apply netCDF's scale_factor, add_offset, _FillValue, missing_value and valid range; NaN for what is missing.
+      Without a _FillValue that is netCDF's default one too (9.97e36 of floats, -32767 of int16, …; bytes have none), of
+      floats always, of ints where there is one of these attributes.
     - `swmr`: read files that are being appended to in HDF5's SWMR mode.
     - `root`: a folder out of which links must not lead.
     - `storage`: the options for the file system of a URL, and of its cache.
 
     Numbers come in native byte order, enums as their ints, compounds as dicts, opaque values as their bytes `(…, n)` uint8,
-    sequences of variable length as `(T_i,)` (see `Source.padded`): so encoded images are decoded by
-    `.map(lambda b: decode(b.numpy()))`. Contiguous datasets are memory-mapped, chunks are decoded outside HDF5's lock where
-    their filters are known, all else goes through h5py; `explain` says which and why. A file is opened again in each process
-    that reads, and one of many only while it is used; `close`, or a `with` block, lets go of all.
+    sequences of variable length as `(T_i,)` (see `Source.padded`; reading them is how to know their lengths): so encoded
+    images are decoded by `.map(lambda b: decode(b.numpy()))`. Contiguous datasets are memory-mapped, chunks are decoded
+    outside HDF5's lock where their filters are known, all else goes through h5py; `explain` says which and why. A file is
+    opened again in each process that reads, and one of many only while it is used; `close`, or a `with` block, lets go of all.
 
     Raises `DataError`, which names file and dataset: not there, not HDF5, truncated (also when the file shrinks later), of a
     dtype that torch has not (strings, references), without samples, of unequal lengths, shorter than `length`; for several

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,8 @@ from functrain.core.errors import DataError
 from functrain.data.h5.files import Handle, intact
 from functrain.data.h5.growing import current
 from functrain.data.h5.layout import Layout
-from functrain.data.h5.parameters import check_chunk, lacking
+from functrain.data.h5.links import in_bytes
+from functrain.data.h5.parameters import check_chunk, check_size, lacking
 
 if TYPE_CHECKING:
     import h5py
@@ -27,18 +30,20 @@ class Through:
 
     def _dataset(self) -> h5py.Dataset:
         layout = self.layout
-        dataset = current(self._file.here()[layout.name], layout.length, layout.axis)
+        dataset = current(self._file.here()[in_bytes(layout.name)], layout.length, layout.axis)
         shape = list(dataset.shape)
         if self._file.swmr:
             shape[layout.axis] = min(shape[layout.axis], layout.length)
         if tuple(shape) != layout.shape or dataset.dtype != layout.dtype:
             raise DataError(f"dataset {self.layout.name!r} in {self._file.path!r} changed since it was opened")
+        check_size(dataset)
         return dataset
 
     def rows(self, where: slice | np.ndarray) -> np.ndarray:
         with intact(f"dataset {self.layout.name!r} in {self._file.path!r}"):
             dataset = self._dataset()
-            rows = dataset[(*self._before, where)] if isinstance(where, slice) else self._scattered(dataset, where)
+            with self._told():
+                rows = dataset[(*self._before, where)] if isinstance(where, slice) else self._scattered(dataset, where)
         return np.moveaxis(rows, self.layout.axis, 0)
 
     def _scattered(self, dataset: h5py.Dataset, indices: np.ndarray) -> np.ndarray:
@@ -57,14 +62,22 @@ class Through:
         with intact(f"dataset {self.layout.name!r} in {self._file.path!r}, chunk {index.coordinates(number)}"):
             dataset, region = self._dataset(), index.region(number)
             check_chunk(dataset, index, pipeline, number)
-            try:
+            with self._told():
                 data = dataset[region]
-            except OSError as error:
-                missing = lacking(pipeline)
-                raise OSError(f"h5py lacks the filter {missing}" if missing else str(error)) from error
             valid = tuple(slice(0, part.stop - part.start) for part in region)
-            # As bytes: what lies between the fields of a compound is compared too.
             out.reshape(*index.chunks, index.itemsize)[valid] = data.view((np.uint8, (index.itemsize,)))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Says which filter h5py lacks, where one is why it cannot read."""
+        try:
+            yield
+        except OSError as error:
+            missing = lacking(self.layout.pipeline) if self.layout.pipeline else None
+            if not missing:
+                raise
+            where = f"dataset {self.layout.name!r} in {self._file.path!r}"
+            raise DataError(f"{where} cannot be read: h5py lacks the filter {missing}") from error
 
     def announce(self, indices: np.ndarray) -> None:
         """Nothing to do: h5py reads when it is asked."""

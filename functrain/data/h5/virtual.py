@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from functrain.core.errors import DataError
 from functrain.data.h5.files import FAILURES, open_file
-from functrain.data.h5.links import candidates
+from functrain.data.h5.links import Walk, candidates
 
 if TYPE_CHECKING:
     import h5py
 
-    from functrain.data.h5.parts import Joined
+    from functrain.data.h5.parts import Joined, Part
 
 
 def write_virtual(file: h5py.File, joined: Joined, folder: str, fill: Any = None) -> h5py.Dataset:
@@ -24,13 +26,36 @@ def write_virtual(file: h5py.File, joined: Joined, folder: str, fill: Any = None
     import h5py
 
     model = joined.model
-    layout = h5py.VirtualLayout(joined.shape, joined.dtype or model.dtype)
+    dtype = joined.dtype or model.dtype
+    layout = h5py.VirtualLayout(joined.shape, dtype)
     for part in joined.parts:
+        _check_exact(part, dtype)
         if part.dataset.size:
             name = reference(part.dataset.file.filename, folder)
             source = h5py.VirtualSource(_escaped(name), _escaped(part.dataset.name), part.dataset.shape, part.dataset.dtype)
             layout[part.region] = source
     return file.create_virtual_dataset(joined.name, layout, fillvalue=fill)
+
+
+def _check_exact(part: Part, dtype: np.dtype) -> None:
+    """Raise `DataError` for numbers that HDF5 would round whenever they are read: what they are then, nobody sees."""
+    mine = part.dataset.dtype
+    # To NumPy it is safe to make floats of 64-bit ints.
+    rounded = mine.kind in "iu" and dtype.kind in "fc" and 8 * mine.itemsize > np.finfo(dtype).nmant + 1
+    if mine != dtype and (rounded or not np.can_cast(mine, dtype, "safe")):
+        raise DataError(
+            f"dataset {part.dataset.name!r} in {part.path!r} is {mine}, of which {dtype}, the dtype that all sources share, "
+            "does not hold all numbers: convert one of them, or leave virtual=True out, which looks at each number"
+        )
+
+
+def behind(plan: Iterable[Joined]) -> set[str]:
+    """The files that the datasets to be joined take their data from: through virtual datasets, however many."""
+    walk = Walk(None)
+    for joined in plan:
+        for part in joined.parts:
+            walk.storage(part.dataset, part.dataset.name)
+    return walk.files
 
 
 def reference(path: str, folder: str) -> str:
@@ -142,4 +167,4 @@ def _source(file: h5py.File, name: str, where: str) -> Any:
     return source
 
 
-__all__ = ["check_virtual", "write_virtual"]
+__all__ = ["behind", "check_virtual", "write_virtual"]

@@ -35,7 +35,8 @@ def h5write(
     """Write a tree of arrays, a source, or batches as they come, to a new HDF5 file: dicts become groups, leaves datasets.
 
     - `data`: arrays or tensors; a `Source`, whose element i becomes row i; or anything that gives batches (trees of arrays
-      `(N, …)`): a list, a generator, a DataLoader. Places in a tuple are names: "0", "1".
+      `(N, …)`): a list, a generator, a DataLoader. Places in a tuple are names: "0", "1". The elements of `source.batch(8)`
+      are batches, so its rows would be `(8, …)`: give the source itself, or `iter(batches)`.
     - `layout`: "contiguous", which `hdf5` maps into memory, beginning at a page; or "chunked", by samples: whole rows, about
       1 MiB of them. Default: contiguous where the number of rows is known, as of arrays, a source, or by `length`.
     - `chunks` (rows to a chunk, or the shape of one), `compression` (as h5py has it: "gzip", "lzf", a gzip level, or one of
@@ -44,6 +45,9 @@ def h5write(
     - `group`: the name of a group that all goes into, or of the dataset where `data` is a bare array.
     - `memory`: about how much of a source is held at a time. `progress`: called with the rows written, and those to come in
       all, of batches as they are written.
+
+    Attributes are not written, also those of a source's file, such as the `scale_factor` of packed numbers: `h5concat`
+    copies files with them, into another layout too.
 
     The file is written beside its place, synced, and renamed: it is there whole, or not at all.
 
