@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ settings.register_profile(
     "functrain",
     deadline=None,
     derandomize="CI" in os.environ,
-    max_examples=20,
+    max_examples=14,
     suppress_health_check=[HealthCheck.too_slow],
     print_blob=True,
 )
@@ -38,3 +39,19 @@ def _as_it_was() -> Iterator[None]:
     torch.set_default_dtype(default)
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("functrain") and not thread.daemon]
     assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture
+def without_plugins() -> Iterator[None]:
+    """HDF5 without the filters of hdf5plugin, which another test of this process may have brought."""
+    plugins = sys.modules.get("hdf5plugin")
+    if plugins is None:
+        yield
+        return
+    import h5py
+
+    for code in plugins.FILTERS.values():
+        if h5py.h5z.filter_avail(code):
+            h5py.h5z.unregister_filter(code)
+    yield
+    plugins.register(force=True)

@@ -49,7 +49,8 @@ def test_each_dataset_is_told_of_as_it_is_and_as_it_might_be(tmp_path, scratch):
     assert advice.left_out == ()
     images = told["/images"]
     assert (images.shape, images.dtype, images.chunks_per_sample) == ((600, 32, 32, 3), "uint8", 16)
-    names = [figures.layout for figures in images.figures]
+    # Zstd is tried too where another test of this process has brought it.
+    names = [figures.layout for figures in images.figures if "zstd" not in figures.layout]
     assert names == ["as it is: 100x8x8x3, gzip", "contiguous", "rows, shuffle+lzf", "rows, shuffle+gzip"]
     with h5py.File(path) as file:
         assert images.figures[0].stored == file["images"].id.get_storage_size()

@@ -183,6 +183,7 @@ else:
 """
 
 
+@pytest.mark.usefixtures("without_plugins")
 def test_chunks_are_copied_without_the_package_that_decodes_them(tmp_path):
     def plugged(what):
         subprocess.run([sys.executable, "-c", UNREADABLE, what], check=True, cwd=tmp_path)

@@ -39,6 +39,7 @@ LAYOUTS = {
     "compound": {"layout": "chunked", "dtype": "nested", "chunks": (8, 9), "filters": (GZIP,)},
     "by array, chunks file": {"maxshape": (None, 9), "layout": "chunked", "chunks": (4, 5), "filters": (SHUFFLE, GZIP)},
     "by tree, chunks file": {"maxshape": (None, None), "layout": "chunked", "chunks": (4, 5), "filters": (GZIP, FLETCHER)},
+    "second axis, chunks file": {"maxshape": (30, None), "layout": "chunked", "chunks": (4, 5), "filters": (GZIP,)},
     "one, chunks file": {"layout": "chunked", "chunks": (23, 9), "filters": (GZIP, FLETCHER)},
     "none": {"layout": "chunked", "chunks": (4, 5), "allocated": "EARLY"},
 }

@@ -213,6 +213,7 @@ with h5py.File(sys.argv[1], "w") as file:
 """
 
 
+@pytest.mark.usefixtures("without_plugins")
 def test_a_filter_that_is_missing_is_named_with_its_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", ZSTD, str(tmp_path / "a.h5")], check=True, timeout=60)
     (zfp,) = ft.h5inspect(tmp_path / "a.h5").datasets

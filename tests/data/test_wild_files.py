@@ -222,6 +222,10 @@ TRAPS = {
         "direct",
         {"chunks": (30, 9), "maxshape": (None, None), "filters": (("deflate", (1,)),)},
     ),
+    "the second axis alone is endless, edges unfiltered": (
+        "h5py",
+        {"chunks": (4, 4), "maxshape": (20, None), "filters": (("deflate", (1,)),), "whole_edges": False},
+    ),
     "szip": ("h5py", {"chunks": (4, 4), "filters": (("szip", (32, 4)),)}),
     "n-bit": ("h5py", {"chunks": (4, 4), "filters": (("nbit", ()),)}),
     "scale-offset": ("h5py", {"chunks": (4, 4), "filters": (("scaleoffset", (2, 0)),)}),
@@ -242,6 +246,16 @@ def test_trap(tmp_path, writer, trap, libver):
             readmmap(tmp_path / "a.h5", "0")
     else:
         assert readmmap(tmp_path / "a.h5", "0").tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize(("libver", "expected"), [("earliest", "direct"), ("latest", "h5py")])
+def test_trap_the_second_axis_alone_is_endless(tmp_path, writer, libver, expected):
+    """HDF5 2.0 lists such chunks at wrong places, but for those that it finds by the old B-tree."""
+    item = Dataset((11, 7), "<i4", "chunked", (4, 4), maxshape=(20, None), filters=(("deflate", (1,)),))
+    array = writer.write(tmp_path / "a.h5", File((item,), libver=libver, userblock=512, ordered=True))["0"]
+    with hdf5(tmp_path / "a.h5", "0") as source:
+        check_reads(source, array)
+        assert way(source) == expected
 
 
 def test_trap_edges_that_are_not_shuffled_and_look_the_same_at_first(tmp_path, writer):
@@ -296,6 +310,16 @@ def test_trap_a_source_of_a_virtual_dataset_is_missing(tmp_path):
     os.unlink(tmp_path / "1.h5")
     with pytest.raises(DataError, match=r"'1\.h5'"):
         hdf5(tmp_path / "all.h5", "x")
+
+
+def test_trap_terabytes_of_which_hardly_any_were_written(tmp_path):
+    """An index of all its chunks would take 16 GiB."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", (2**42,), "u1", chunks=(2**12,), compression="gzip", fillvalue=3)
+        file["x"][2**41] = 9
+    with hdf5(tmp_path / "a.h5", "x") as source:
+        assert "1 of 1,073,741,824 chunks were ever written" in source.facts()["elements"]
+        assert source.take(np.array([2**41, 5, 2**42 - 1]), 0).tolist() == [9, 3, 3]
 
 
 def test_trap_a_checksum_that_does_not_match(tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from functrain.core.errors import DataError
+from functrain.data.h5.header import EXTENSIBLE_ARRAY, index_kind
 
 if TYPE_CHECKING:
     import h5py
@@ -103,15 +104,24 @@ def misplaced(dataset: h5py.Dataset) -> str | None:
     HDF5 2.0 stores the chunks along the one axis that may grow without end as if that axis came first (extensible array), and
     lists them as if it did not: chunks trade places, or seem to lie outside of the shape. Reading goes right.
     """
-    import h5py
-
     endless = [axis for axis, most in enumerate(dataset.maxshape) if most is None]
     if len(endless) != 1 or math.prod(grid_of(dataset.maxshape[: endless[0]], dataset.chunks[: endless[0]])) <= 1:
         return None
-    # Who asks for that index (libver v110 and later) gets object headers of version 2 too. With version 1, it is a B-tree.
-    if h5py.h5o.get_info(dataset.id).hdr.version == 1:
+    if index_kind(dataset) not in (None, EXTENSIBLE_ARRAY):
         return None
     return f"HDF5 misplaces chunks where only axis {endless[0]} is unlimited"
+
+
+def sparse(dataset: h5py.Dataset) -> str | None:
+    """Why the chunks of a dataset are not listed: hardly any of very many was ever written; None where they may be.
+
+    An index has 16 bytes for each chunk, there or not: 2³⁰ of them, of which 2 were there, took 17 s and 16 GiB.
+    """
+    number = math.prod(grid_of(dataset.shape, dataset.chunks))
+    if number < 1 << 24:
+        return None
+    there = dataset.id.get_num_chunks()
+    return f"{there:,} of {number:,} chunks were ever written" if there < number >> 6 else None
 
 
 # 2³¹ chunks have an index of 32 GiB: a shape that asks for more was not meant.

@@ -12,7 +12,7 @@ import numpy as np
 from functrain.core.errors import ArgumentError, DataError
 from functrain.data.h5.files import intact
 from functrain.data.h5.filters import Pipeline
-from functrain.data.h5.index import ChunkIndex, misplaced
+from functrain.data.h5.index import ChunkIndex, misplaced, sparse
 from functrain.data.h5.parameters import check_parameters
 from functrain.data.h5.plausible import plausible
 from functrain.data.h5.virtual import check_virtual
@@ -143,7 +143,7 @@ def _chunked(dataset: h5py.Dataset, plain: Layout, mappable: bool) -> Layout:
     if not hasattr(dataset.id, "chunk_iter"):
         return plain.by_h5py(f"{_described(plain, chunks)}; this h5py cannot list chunks: read through h5py")
     pipeline = Pipeline.of(dataset)
-    wrong = misplaced(dataset)
+    wrong = misplaced(dataset) or sparse(dataset)
     if wrong is not None:
         by_h5py = replace(plain, pipeline=pipeline)
         return by_h5py.by_h5py(f"{_described(plain, chunks)} with {pipeline}: read through h5py ({wrong})")
