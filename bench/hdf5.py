@@ -177,7 +177,8 @@ def _random() -> list[Result]:
 
 def _drawn(stack: ExitStack, file: File) -> dict[str, Contestant]:
     """Those who read the next random batch at each call."""
-    source = stack.enter_context(ft.hdf5(file.path, "x", memory=MEMORY))
+    # The map of the file fits into the budget, as np.memmap has it: else rows are read one by one.
+    source = stack.enter_context(ft.hdf5(file.path, "x"))
     order = np.array([int(row) for row in ft.arrays(torch.arange(len(file.data))).shuffle(seed=0)])
     picks = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     ascending = [np.argsort(pick) for pick in picks]
