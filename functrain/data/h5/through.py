@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import h5py
 
 
-# HDF5 2.0 goes through all chunks between the first row that is asked for at once and the last, written or not: about 30 ns each (one run),
-# so many take longer than a read of one more row.
+# HDF5 2.0 goes through all chunks between the first row that is asked for at once and the last, written or not: about
+# 30 ns each (one run), so that so many take longer than a read of one more row.
 _FAR = 1 << 12
 
 
