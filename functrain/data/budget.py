@@ -162,6 +162,9 @@ class Account:
     0
     """
 
+    # Of one whose making was interrupted: it has nothing to give back.
+    _pid = -1
+
     def __init__(self, budget: Budget) -> None:
         self.budget, self.held, self.items = budget, 0, 0
         self._pid = os.getpid()

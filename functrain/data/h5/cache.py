@@ -105,12 +105,13 @@ class Cache:
 class _Entry:
     """A chunk that is there, or on its way."""
 
-    __slots__ = ("ahead", "claimed", "coming", "error", "pins", "slot", "used_at")
+    __slots__ = ("ahead", "claimed", "coming", "failed", "pins", "slot", "used_at")
 
     def __init__(self, slot: int, ahead: bool, used_at: int) -> None:
         self.slot, self.ahead, self.used_at = slot, ahead, used_at
         self.pins, self.claimed = 0, False
-        self.error: BaseException | None = None
+        # Not the error itself: its traceback leads back here, and so to memory that would wait for a collection of garbage.
+        self.failed = False
         # Held until the chunk is there. Let go of in one step, which an event is not: no interrupt comes in between.
         self.coming = threading.Lock()
         self.coming.acquire()
@@ -236,7 +237,7 @@ class _Places:
         try:
             self._load(number, self.bytes[entry.slot])
         except BaseException as error:
-            entry.error = error
+            entry.failed = True
             with self._lock:
                 if self.entries.get(number) is entry:
                     del self.entries[number]
@@ -254,7 +255,7 @@ class _Places:
             if self._abandoned:
                 return None
         entry.coming.release()
-        return entry.slot if entry.error is None else None
+        return None if entry.failed else entry.slot
 
     # --- ahead -----------------------------------------------------------------------------------------------
 

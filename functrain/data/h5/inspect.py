@@ -19,8 +19,7 @@ from functrain.data.h5.files import FAILURES, intact, opened
 from functrain.data.h5.filters import Pipeline
 from functrain.data.h5.hashes import Hasher
 from functrain.data.h5.layout import layout_of
-from functrain.data.h5.members import PACKING
-from functrain.data.h5.packed import is_packed
+from functrain.data.h5.packed import PACKING, is_packed
 from functrain.data.h5.plausible import plausible
 from functrain.data.h5.raw import is_url
 from functrain.data.h5.readers import Reader, Readers

@@ -13,6 +13,7 @@ import numpy as np
 from functrain.core.errors import DataError
 from functrain.data.budget import Budget
 from functrain.data.forks import renew
+from functrain.data.h5.faults import Mapping, guarded
 from functrain.data.h5.files import dataset_of, found, opened
 from functrain.data.h5.layout import Layout, layout_of
 from functrain.data.h5.raw import LocalBytes
@@ -24,6 +25,7 @@ class Region:
     def __init__(self, file: LocalBytes, start: int, stop: int, budget: Budget, name: str) -> None:
         self._file, self._budget, self._stop, self._name = file, budget, stop, name
         self._memory, skipped = file.map(start, stop)
+        self._mapping = Mapping(self._memory)
         self.bytes = np.frombuffer(self._memory, np.uint8, stop - start, skipped)
         # Bytes counted against the budget, and when they were last used: all of them, or none.
         self._held = self._used_at = 0
@@ -41,8 +43,7 @@ class Region:
 
     def usable(self) -> bool:
         """Whether the stretch may be read here. Else it is to be read from the file: `check` has been made of its length."""
-        # Reading a page past the end of the file kills the process (SIGBUS): ask for its size first, at 0.3 µs.
-        self._file.check(self._stop, self._name)
+        self._check()
         if not self._held:
             # One page that is looked at brings others, hundreds of KiB with some systems: so all are counted.
             size = len(self._memory)
@@ -54,6 +55,19 @@ class Region:
             self._budget.release(twice)
         self._used_at = self._budget.now()
         return True
+
+    def gather(self, elements: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Some of the `elements` of the stretch; `DataError` where the file has become shorter by the end."""
+        with guarded(self._mapping):
+            gathered = elements[places]
+        self._check()
+        return gathered
+
+    def _check(self) -> None:
+        # Behind the end of the file stand zeros up to the end of a page, so to have met no fault is not enough: 0.3 µs.
+        self._file.check(self._stop, self._name)
+        if self._mapping.cut:
+            raise self._file.shrunk(self._name)
 
     def oldest(self) -> int | None:
         """When it was last used; the budget compares."""
@@ -101,7 +115,7 @@ class Mapped:
             pieces = self._neighbours(where.start, where.stop)
         else:
             starts = self._starts(where)
-            pieces = self._elements[starts - self._start] if usable else self._read(starts)
+            pieces = self._region.gather(self._elements, starts - self._start) if usable else self._read(starts)
         rows = pieces.view(self.layout.dtype).reshape(*self.layout.shape[: self.layout.axis], -1, *self._behind)
         return np.ascontiguousarray(np.moveaxis(rows, self.layout.axis, 0)) if self.layout.axis else rows
 

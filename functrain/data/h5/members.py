@@ -12,12 +12,6 @@ from functrain.data.h5.links import Walk
 if TYPE_CHECKING:
     import h5py
 
-# Attributes that say what the numbers of a dataset stand for.
-PACKING = (
-    *("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range"),
-    "_Unsigned",
-)
-
 
 class Members(NamedTuple):
     """The groups and datasets of one file by full name; links to datasets count as datasets."""

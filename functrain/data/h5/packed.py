@@ -23,7 +23,9 @@ _DEFAULT_FILL: dict[str, float] = {
     "f4": 9.969209968386869e36,
     "f8": 9.969209968386869e36,
 }
-_NAMES = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
+_NUMBERS = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
+# Attributes that say what the numbers of a dataset stand for.
+PACKING = (*_NUMBERS, "_Unsigned")
 
 
 def is_packed(dataset: h5py.Dataset) -> bool:
@@ -55,7 +57,7 @@ class Packing:
         kind = dataset.dtype.newbyteorder("=")
         if kind.kind not in "iuf":
             return None
-        given = {name: _numbers(dataset.attrs[name], name, where) for name in _NAMES if name in dataset.attrs}
+        given = {name: _numbers(dataset.attrs[name], name, where) for name in _NUMBERS if name in dataset.attrs}
         if not given and kind.kind != "f":
             return None
         unsigned = str(np.ravel(dataset.attrs.get("_Unsigned", ""))[0]).lower() in ("true", "b'true'")

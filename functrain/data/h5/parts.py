@@ -13,7 +13,8 @@ import numpy as np
 from functrain.core.errors import DataError
 from functrain.data.h5.files import intact
 from functrain.data.h5.layout import check_chunks
-from functrain.data.h5.members import PACKING, Members
+from functrain.data.h5.members import Members
+from functrain.data.h5.packed import PACKING
 from functrain.data.h5.virtual import check_virtual
 
 if TYPE_CHECKING:
