@@ -156,6 +156,9 @@ class Repeat(Source):
     def _parts(self, indices: np.ndarray, epoch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """For each epoch that has some of the elements: its number, their places in `indices`, and in the epoch."""
         passes, at = np.divmod(indices, self.period)
+        if len(passes) == 1:
+            yield self._first(epoch) + int(passes[0]), np.array([0]), at
+            return
         for number in np.unique(passes).tolist():
             here = np.flatnonzero(passes == number)
             yield self._first(epoch) + number, here, at[here]

@@ -73,8 +73,8 @@ class Batch(Source):
         return tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), self.source.take(places, epoch))
 
     def announce(self, indices: np.ndarray, epoch: int) -> None:
-        ranges = [self.places(i) for i in indices.tolist()]
-        self.source.announce(np.concatenate([np.arange(each.start, each.stop) for each in ranges]), epoch)
+        places = [np.arange(each.start, each.stop) for each in map(self.places, indices.tolist())]
+        self.source.announce(places[0] if len(places) == 1 else np.concatenate(places), epoch)
 
     def facts(self) -> dict[str, str]:
         count = {"batches": "endless" if self.length is None else f"{self.length:,} of {self.size}"}

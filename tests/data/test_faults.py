@@ -13,7 +13,7 @@ import pytest
 
 from functrain.core.errors import DataError
 from functrain.data import Budget, h5write
-from functrain.data.h5.faults import Mapping, guarded
+from functrain.data.h5.faults import Mapping
 from functrain.data.h5.mapped import Region
 from functrain.data.h5.raw import LocalBytes
 
@@ -41,11 +41,11 @@ def ended(code, *arguments):
 def test_memory_that_is_gone_reads_as_zeros_and_says_so(tmp_path):
     memory, numbers = mapped(tmp_path / "a")
     mapping = Mapping(memory)
-    with guarded(mapping):
+    with mapping:
         assert numbers.sum() == SIZE
     assert not mapping.cut
     os.truncate(tmp_path / "a", SIZE // 2)
-    with guarded(mapping):
+    with mapping:
         assert numbers.sum() == SIZE // 2
     assert mapping.cut
 
@@ -57,7 +57,7 @@ def test_threads_may_read_the_same_and_other_maps(tmp_path):
     sums = {}
 
     def read(thread, which):
-        with guarded(mappings[which]):
+        with mappings[which]:
             sums[thread] = int(maps[which][1].sum())
 
     threads = [threading.Thread(target=read, args=(number, number % 2)) for number in range(8)]
@@ -74,7 +74,7 @@ def test_the_handler_is_there_only_while_a_map_is_read(tmp_path):
     before = signal.signal(signal.SIGBUS, lambda *_: met.append(True))
     try:
         memory, numbers = mapped(tmp_path / "a")
-        with guarded(Mapping(memory)), guarded(Mapping(memory)):
+        with Mapping(memory), Mapping(memory):
             assert numbers[0] == 1
         os.kill(os.getpid(), signal.SIGBUS)
         assert met == [True]
@@ -85,7 +85,7 @@ def test_the_handler_is_there_only_while_a_map_is_read(tmp_path):
 FOREIGN = """
     import mmap, os, sys
     import numpy as np
-    from functrain.data.h5.faults import Mapping, guarded
+    from functrain.data.h5.faults import Mapping
 
     def mapped(path):
         with open(path, "wb") as file:
@@ -95,7 +95,7 @@ FOREIGN = """
 
     ours, other = mapped(sys.argv[1]), mapped(sys.argv[2])
     os.truncate(sys.argv[2], 0)
-    with guarded(Mapping(ours)):
+    with Mapping(ours):
         print(np.frombuffer(other, np.uint8).sum())
 """
 
@@ -108,13 +108,13 @@ def test_memory_of_others_is_left_to_them(tmp_path):
 
 FORKED = """
     import mmap, os, signal, sys
-    from functrain.data.h5.faults import Mapping, guarded
+    from functrain.data.h5.faults import Mapping
 
     with open(sys.argv[1], "wb") as file:
         file.write(bytes(1 << 16))
     with open(sys.argv[1], "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with guarded(Mapping(memory)):
+    with Mapping(memory):
         child = os.fork()
         if not child:
             os.kill(os.getpid(), signal.SIGBUS)

@@ -19,6 +19,10 @@ from functrain.data.h5.pool import Pool
 from functrain.data.h5.raw import Bytes, LocalBytes
 from functrain.data.h5.scratch import RAW, scratch
 from functrain.data.h5.through import Through
+from functrain.data.rows import whole_run
+
+# Stretches so many times their own length apart are still one after the other.
+_BY_TURNS = 8
 
 
 class Chunked:
@@ -33,12 +37,15 @@ class Chunked:
         slots = max(1, min(len(index), budget.limit // index.bytes))
         self._cache = Cache(slots, index.bytes, budget, pool, load.chunk)
         self._load, self._pool = load, pool
+        # Where the last stretch of neighbours ended.
+        self._reached = 0
         others = [place for place in range(len(index.shape)) if place != layout.axis]
         # Chunks with the same rows, one behind the other along the other axes.
         self._beside = math.prod(index.grid[place] for place in others)
         # Whether a chunk is whole rows, one after the other: then many are gathered in one go.
         self._whole = layout.axis == 0 and index.chunks[1:] == index.shape[1:]
         self._row = math.prod(index.shape[1:]) * index.itemsize if self._whole else 0
+        self._void = np.dtype(f"V{self._row}")
         self._numbers = np.arange(len(index)).reshape(index.grid)
 
     def rows(self, where: slice | np.ndarray) -> np.ndarray:
@@ -68,25 +75,38 @@ class Chunked:
 
     def _stretch(self, start: int, stop: int) -> np.ndarray:
         """Neighbouring rows: chunks of which all is wanted are decoded into their place."""
-        result = np.empty(stop - start, self._void)
+        self._read_ahead(start, stop)
+        row = self._row
+        result = np.empty((stop - start) * row, np.uint8)
         jobs, parts = [], []
         for number in range(start // self.run, (stop - 1) // self.run + 1):
             first = number * self.run
             low, high = max(first, start), min(first + self.run, stop)
-            into = result[low - start : high - start]
+            into = result[(low - start) * row : (high - start) * row]
             if high - low == self.run and not self._cache.has(number):
-                jobs.append(partial(self._load.chunk, number, into.view(np.uint8)))
+                jobs.append(partial(self._load.chunk, number, into))
             else:
-                parts.append((number, slice(low - first, high - first), into))
+                parts.append((number, slice((low - first) * row, (high - first) * row), into))
         if jobs:
             self._pool.all(jobs)
-        for number, rows, into in parts:
+        for number, part, into in parts:
             # Who reads on from here comes back to this chunk in the next epoch: to keep it helps where all chunks can be kept.
-            last = rows.stop == self.run or number * self.run + rows.stop == self.layout.length
+            last = part.stop == self.run * row or number * self.run * row + part.stop == self.layout.length * row
             spent = last and self._cache.slots < len(self._index)
-            with self._cache.holding([number], spent) as (memory, (place,)):
-                into[:] = self._elements(self._data(memory, number, place))[rows]
+            if not self._cache.copied(number, part, into, spent):
+                with self._cache.holding([number], spent) as (memory, (place,)):
+                    into[:] = self._data(memory, number, place)[part]
         return result.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
+
+    def _read_ahead(self, start: int, stop: int) -> None:
+        """Where rows are read one stretch after the other: have the threads begin with the next chunks."""
+        if self._pool.threads < 2:
+            return
+        reached, self._reached = self._reached, stop
+        # Several may read by turns, and not in the order in which they set out.
+        if abs(start - reached) <= _BY_TURNS * (stop - start):
+            first = (stop - 1) // self.run + 1
+            self._cache.announce(range(first, min(first + self._pool.threads, len(self._index))))
 
     def _rows(self, numbers: np.ndarray, inner: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         with self._cache.holding(wanted.tolist()) as (memory, held):
@@ -103,10 +123,6 @@ class Chunked:
     def _data(self, memory: np.ndarray, number: int, place: int | None) -> np.ndarray:
         """The bytes of a chunk: those in its place, or, where there was none to be had, its own."""
         return self._cache.alone(number) if place is None else memory[place]
-
-    @property
-    def _void(self) -> np.dtype:
-        return np.dtype(f"V{self._row}")
 
     def _elements(self, data: np.ndarray) -> np.ndarray:
         """Rows as single elements, which are gathered faster than rows of a matrix."""
@@ -139,6 +155,10 @@ class Chunked:
     # --- ahead -----------------------------------------------------------------------------------------------
 
     def announce(self, indices: np.ndarray) -> None:
+        run = whole_run(indices)
+        if run is not None and self._whole:
+            self._cache.announce(range(run.start // self.run, (run.stop - 1) // self.run + 1))
+            return
         wanted = np.unique(indices // self.run)
         if self._beside > 1:
             wanted = np.moveaxis(self._numbers, self.layout.axis, 0)[wanted].reshape(-1)

@@ -13,8 +13,6 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,13 +39,24 @@ class _Action(ctypes.Structure):
 
 
 class Mapping:
-    """The memory `bytes`, of which `cut` says whether some of it has gone with the end of its file."""
+    """The memory of a map. In its `with` block, what is gone with the end of the file reads as zeros, and `cut` says so.
+
+    Threads may be in it at the same time.
+    """
 
     def __init__(self, memory: mmap.mmap) -> None:
-        bytes_ = np.frombuffer(memory, np.uint8)
-        self.start = bytes_.ctypes.data
-        self.stop = self.start + len(bytes_)
+        found = np.frombuffer(memory, np.uint8)
+        self.start = found.ctypes.data
+        self.stop = self.start + len(found)
         self.cut = False
+
+    def __enter__(self) -> None:
+        if _guard is not None:
+            _guard.begin(self)
+
+    def __exit__(self, *exception: object) -> None:
+        if _guard is not None:
+            _guard.end(self)
 
 
 class _Guard:
@@ -103,16 +112,3 @@ class _Guard:
 
 
 _guard = _Guard() if sys.platform == "linux" and sys.maxsize > 2**32 else None
-
-
-@contextmanager
-def guarded(mapping: Mapping) -> Iterator[None]:
-    """Read a map: what is gone reads as zeros, and `mapping.cut` says so."""
-    if _guard is None:
-        yield
-        return
-    _guard.begin(mapping)
-    try:
-        yield
-    finally:
-        _guard.end(mapping)

@@ -57,6 +57,11 @@ class Layout:
         """The size of all elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def decoded(self) -> bool:
+        """Whether its rows come out of chunks that are decoded, by threads where there are some."""
+        return self.index is not None and self.way != "mmap"
+
     def by_h5py(self, reason: str) -> Layout:
         """The same dataset, read through h5py for this reason."""
         return replace(self, way="h5py", reason=reason)

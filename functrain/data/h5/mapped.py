@@ -13,7 +13,7 @@ import numpy as np
 from functrain.core.errors import DataError
 from functrain.data.budget import Budget
 from functrain.data.forks import renew
-from functrain.data.h5.faults import Mapping, guarded
+from functrain.data.h5.faults import Mapping
 from functrain.data.h5.files import dataset_of, found, opened
 from functrain.data.h5.layout import Layout, layout_of
 from functrain.data.h5.raw import LocalBytes
@@ -58,10 +58,18 @@ class Region:
 
     def gather(self, elements: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Some of the `elements` of the stretch; `DataError` where the file has become shorter by the end."""
-        with guarded(self._mapping):
+        with self._mapping:
             gathered = elements[places]
         self._check()
         return gathered
+
+    def fill(self, offset: int, buffer: np.ndarray) -> None:
+        """Bytes of the stretch by way of the file, and not of memory; `DataError` where it has become shorter."""
+        try:
+            self._file.fill(offset, buffer)
+        except DataError:
+            self._check()
+            raise
 
     def _check(self) -> None:
         # Behind the end of the file stand zeros up to the end of a page, so to have met no fault is not enough: 0.3 µs.
@@ -110,12 +118,7 @@ class Mapped:
         self._elements = np.ndarray((size,), np.dtype(f"V{self._piece}"), self._region.bytes, strides=(1,))
 
     def rows(self, where: slice | np.ndarray) -> np.ndarray:
-        usable = self._region.usable()
-        if isinstance(where, slice):
-            pieces = self._neighbours(where.start, where.stop)
-        else:
-            starts = self._starts(where)
-            pieces = self._region.gather(self._elements, starts - self._start) if usable else self._read(starts)
+        pieces = self._neighbours(where.start, where.stop) if isinstance(where, slice) else self._scattered(where)
         rows = pieces.view(self.layout.dtype).reshape(*self.layout.shape[: self.layout.axis], -1, *self._behind)
         return np.ascontiguousarray(np.moveaxis(rows, self.layout.axis, 0)) if self.layout.axis else rows
 
@@ -135,18 +138,25 @@ class Mapped:
 
     def _neighbours(self, start: int, stop: int) -> np.ndarray:
         """The pieces of neighbouring rows: each stretch of them by one read."""
+        if self._before == 1 and start // self._stretch == (stop - 1) // self._stretch:
+            alone = np.empty((stop - start) * self._piece, np.uint8)
+            self._region.fill(int(self._origins[start // self._stretch]) + start % self._stretch * self._piece, alone)
+            return alone
         cuts = [start, *range((start // self._stretch + 1) * self._stretch, stop, self._stretch), stop]
         result = np.empty((self._before, (stop - start) * self._piece), np.uint8)
         for first, last in itertools.pairwise(cuts):
             into = result[:, (first - start) * self._piece : (last - start) * self._piece]
             for place, offset in enumerate(self._starts(np.array([first])).tolist()):
-                self._file.fill(offset, into[place])
+                self._region.fill(offset, into[place])
         return result.reshape(-1)
 
-    def _read(self, starts: np.ndarray) -> np.ndarray:
+    def _scattered(self, rows: np.ndarray) -> np.ndarray:
+        starts = self._starts(rows)
+        if self._region.usable():
+            return self._region.gather(self._elements, starts - self._start)
         result = np.empty((len(starts), self._piece), np.uint8)
         for place, start in zip(result, starts.tolist()):
-            self._file.fill(start, place)
+            self._region.fill(start, place)
         return result.reshape(-1)
 
     def announce(self, indices: np.ndarray) -> None:

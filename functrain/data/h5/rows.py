@@ -9,11 +9,10 @@ import numpy as np
 from functrain.core import tree
 from functrain.core.errors import DataError
 from functrain.core.tree import Tree
-from functrain.data.arguments import places
 from functrain.data.h5.choose import Choice
 from functrain.data.h5.columns import kind
 from functrain.data.h5.shelf import FileSource, Shelf
-from functrain.data.rows import whole_run
+from functrain.data.rows import selection
 from functrain.data.runs import Runs
 
 
@@ -55,10 +54,8 @@ class HDF5(FileSource):
         return [self._choice.element(dict(zip(each, leaves))) for leaves in zip(*each.values())]
 
     def _read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        indices = places(indices, len(self))
+        where = selection(indices, len(self))
         file = self._shelf.file(self.path)
-        run = whole_run(indices)
-        where = indices if run is None else run
         try:
             return {name: file.reader(layout).rows(where) for name, layout in self._choice.layouts.items()}
         except DataError as error:
@@ -70,7 +67,7 @@ class HDF5(FileSource):
     @property
     def heeding(self) -> bool:
         # What is announced is decoded by threads, of which there are none where the caller is the only one.
-        return self._shelf.threads > 1
+        return self._shelf.threads > 1 and any(layout.decoded for layout in self._choice.layouts.values())
 
     def announce(self, indices: np.ndarray, epoch: int) -> None:
         file = self._shelf.file(self.path)
