@@ -31,7 +31,7 @@ MEMORY = 8 * CHUNK
 BATCH = 256
 H5PY, TWO, MEMMAP, TAKE = "h5py", "h5py, two threads", "np.memmap", "np.take on a memmap"
 GRAIN, TENSORSTORE = "grain over h5py", "TensorStore, its threads, zarr of the same chunks"
-ONE_THREAD, TWO_THREADS = "ours, 1 thread", "ours, 2 threads"
+ONE_THREAD, TWO_THREADS, WORKERS = "ours, 1 thread", "ours, 2 threads", "ours, prefetch with 2 workers"
 COPIED, READ = "limit: copying the bytes in memory", "limit: reading the file's bytes"
 KINDS = {"float32 rows of 4 KiB": fields, "uint8 images of 12 KiB": images, "int32 tokens, 2 KiB": tokens}
 ZARR: dict[str, dict[str, Any] | None] = {
@@ -56,22 +56,25 @@ def _size(size: int) -> int:
 # --- the contestants -------------------------------------------------------------------------------------------
 
 
-def _mine(source: ft.Source, ahead: bool) -> Epoch:
-    """Our epochs: read where they are asked for, or ahead of that."""
-    if not ahead:
-        return lambda: source
+def _opened(stack: ExitStack, file: File, size: int) -> dict[str, Epoch]:
+    """Ours, decoded by whoever asks, and by two threads that read ahead of that."""
+    sources = [stack.enter_context(ft.hdf5(file.path, "x", threads=threads, memory=MEMORY)) for threads in (1, 2)]
+    return {name: partial(_same, source.batch(size)) for name, source in zip((ONE_THREAD, TWO_THREADS), sources)}
+
+
+def _same(source: ft.Source) -> ft.Source:
+    return source
+
+
+def _prefetched(stack: ExitStack, file: File, size: int) -> Epoch:
+    """Ours, whole batches read by two threads side by side."""
+    source = stack.enter_context(ft.hdf5(file.path, "x", memory=MEMORY)).batch(size)
 
     def epoch() -> Iterator[Tensor]:
-        with ft.prefetch(source, depth=4) as batches:
+        with ft.prefetch(source, depth=4, workers=2) as batches:
             yield from batches
 
     return epoch
-
-
-def _opened(stack: ExitStack, file: File, size: int) -> dict[str, Epoch]:
-    """Ours with one decoding thread, and with two and prefetching."""
-    sources = [stack.enter_context(ft.hdf5(file.path, "x", threads=threads, memory=MEMORY)) for threads in (1, 2)]
-    return {name: _mine(sources[n].batch(size), bool(n)) for n, name in enumerate((ONE_THREAD, TWO_THREADS))}
 
 
 def _sliced(rows: Any, size: int) -> Epoch:
@@ -218,6 +221,7 @@ def _inflated() -> list[Result]:
         limits = {n: f"limit: inflating and unshuffling alone, {n} thread{'s'[: n - 1]}" for n in (1, 2)}
         epochs = {
             **_opened(stack, file, file.rows),
+            WORKERS: _prefetched(stack, file, file.rows),
             H5PY: _h5py(stack, file, file.rows),
             TWO: _h5py_threads(stack, file, file.rows),
             **{name: _inflating(stack, file, n) for n, name in limits.items()},
@@ -227,6 +231,7 @@ def _inflated() -> list[Result]:
     return [
         *compare("hdf5", f"{work}; {ONE_THREAD}", times, ONE_THREAD, {H5PY: 0.36, limits[1]: None}),
         *compare("hdf5", f"{work}; {TWO_THREADS}", times, TWO_THREADS, {TWO: 0.19, limits[2]: None}),
+        *compare("hdf5", f"{work}; {WORKERS}", times, WORKERS, {TWO: 0.19, limits[2]: None}),
     ]
 
 
@@ -254,12 +259,10 @@ def _cell(stack: ExitStack, file: File, name: str, layout: str) -> list[Result]:
     times = race(_checked(epochs, file.data), rounds=5, turn=0.05)
     work = f"sequential epoch, batches of {size}; {name}"
     others = dict.fromkeys(peer for peer in epochs if peer not in (ONE_THREAD, TWO_THREADS, H5PY))
-    # Where nothing is decoded there is nothing for a second thread: handing over is what it costs.
-    alone = others if layout == "contiguous" else {}
-    return [
-        *compare("hdf5", f"{work}; {ONE_THREAD}", times, ONE_THREAD, {H5PY: None, **alone}),
-        *compare("hdf5", f"{work}; {TWO_THREADS}", times, TWO_THREADS, {H5PY: None} if alone else {H5PY: None, **others}),
-    ]
+    # Where nothing is decoded there is nothing for a second thread.
+    alone = others if layout in ("contiguous", "chunked") else {}
+    results = compare("hdf5", f"{work}; {ONE_THREAD}", times, ONE_THREAD, {H5PY: None, **alone})
+    return results if alone else results + compare("hdf5", f"{work}; {TWO_THREADS}", times, TWO_THREADS, {H5PY: None, **others})
 
 
 # --- cold ------------------------------------------------------------------------------------------------------
