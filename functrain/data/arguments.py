@@ -39,10 +39,12 @@ def places(indices: Any, length: int) -> np.ndarray:
     array = np.asarray(indices)
     if array.dtype.kind not in "iu" or array.ndim != 1 or not array.size:
         raise ArgumentError(f"take reads elements at ints (K,), at least one, got {array.dtype} of shape {array.shape}")
-    least, most = array.min(), array.max()
-    if least < 0 or most >= length:
-        place = least if least < 0 else most
-        raise PositionError(f"position {place} lies outside a source of length {length}")
+    # Of int64, the usual case, one look tells: as unsigned numbers, those below 0 are the largest of all.
+    if array.dtype != np.int64 or array.view(np.uint64).max() >= length:
+        least, most = array.min(), array.max()
+        if least < 0 or most >= length:
+            place = least if least < 0 else most
+            raise PositionError(f"position {place} lies outside a source of length {length}")
     return array.astype(np.int64, copy=False)
 
 

@@ -33,11 +33,13 @@ def permuted(positions: np.ndarray, length: int, seed: int, epoch: int | None) -
     >>> sorted(permuted(np.arange(5), 5, seed=0, epoch=0).tolist())
     [0, 1, 2, 3, 4]
     """
+    number = int(positions[0]) >> _BLOCK_BITS
+    # The bits in which any differs from the first: in one look.
+    if not int(np.bitwise_or.reduce(positions ^ positions[0])) >> _BLOCK_BITS:
+        start = number << _BLOCK_BITS
+        return _block(length, seed, epoch, number)[positions - start if start else positions]
     blocks = positions >> _BLOCK_BITS
     first, last = int(blocks.min()), int(blocks.max())
-    if first == last:
-        start = first << _BLOCK_BITS
-        return _block(length, seed, epoch, first)[positions - start if start else positions]
     if last - first == 1 and positions.size > 1:
         result = np.empty_like(positions)
         for number in (first, last):

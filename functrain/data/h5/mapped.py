@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
@@ -56,12 +57,12 @@ class Region:
         self._used_at = self._budget.now()
         return True
 
-    def gather(self, elements: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Some of the `elements` of the stretch; `DataError` where the file has become shorter by the end."""
+    def gathered(self, gather: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `gather` copies out of the stretch; `DataError` where the file has become shorter by the end."""
         with self._mapping:
-            gathered = elements[places]
+            found = gather()
         self._check()
-        return gathered
+        return found
 
     def fill(self, offset: int, buffer: np.ndarray) -> None:
         """Bytes of the stretch by way of the file, and not of memory; `DataError` where it has become shorter."""
@@ -112,10 +113,13 @@ class Mapped:
             stop = int(self._origins.max()) + layout.index.bytes
         self._start = int(self._origins.min())
         self._region = Region(file, self._start, stop, budget, layout.name)
-        # A row may begin at any byte, so each byte is the beginning of an element here; one by one, rows are gathered faster
-        # than as rows of a matrix.
+        # A piece may begin at any byte, so each byte is the beginning of an element here; one by one, pieces are gathered
+        # faster than as rows of a matrix.
         size = len(self._region.bytes) - self._piece + 1
         self._elements = np.ndarray((size,), np.dtype(f"V{self._piece}"), self._region.bytes, strides=(1,))
+        # Where rows follow one another without a gap, there is no place to be computed.
+        alone = self._before == 1 and len(self._origins) == 1
+        self._matrix = self._region.bytes[: layout.size].reshape(-1, self._piece) if alone else None
 
     def rows(self, where: slice | np.ndarray) -> np.ndarray:
         pieces = self._neighbours(where.start, where.stop) if isinstance(where, slice) else self._scattered(where)
@@ -151,9 +155,13 @@ class Mapped:
         return result.reshape(-1)
 
     def _scattered(self, rows: np.ndarray) -> np.ndarray:
+        usable, matrix = self._region.usable(), self._matrix
+        if usable and matrix is not None:
+            # They lie within it, as was checked; so none is cut off, and none is looked at twice.
+            return self._region.gathered(lambda: matrix.take(rows, axis=0, mode="clip")).reshape(-1)
         starts = self._starts(rows)
-        if self._region.usable():
-            return self._region.gather(self._elements, starts - self._start)
+        if usable:
+            return self._region.gathered(lambda: self._elements[starts - self._start])
         result = np.empty((len(starts), self._piece), np.uint8)
         for place, start in zip(result, starts.tolist()):
             self._region.fill(start, place)
