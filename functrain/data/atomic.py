@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -30,6 +31,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
+        with suppress(FileNotFoundError):
+            # Who may read the old one may read the new one, and nobody else.
+            temporary.chmod(stat.S_IMODE(final.stat().st_mode))
         sync(temporary)
         os.replace(temporary, final)
         sync(final.parent)

@@ -6,8 +6,10 @@ import itertools
 import operator
 import os
 import re
+import sys
 import threading
 import weakref
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Protocol, SupportsIndex
 
@@ -50,7 +52,7 @@ class Evictable(Protocol):
         ...
 
     def evict(self, size: int) -> None:
-        """Let go of about `size` bytes, the oldest first, and `release` them: from any thread, without the budget's lock."""
+        """Let go of about `size` bytes, the oldest first, and give them back: from any thread, without the budget's lock."""
         ...
 
 
@@ -63,8 +65,8 @@ class Budget:
     Raises `ArgumentError` for a limit that is no size.
 
     >>> budget = Budget("1 MiB")
-    >>> budget.charge(300); budget.release(100); budget.used, budget.peak, budget.limit
-    (200, 300, 1048576)
+    >>> budget.used, budget.peak, budget.limit
+    (0, 0, 1048576)
     """
 
     def __init__(self, limit: int | str) -> None:
@@ -83,26 +85,6 @@ class Budget:
     def of(cls, given: int | str | Budget) -> Budget:
         """A budget as it is, or a new one of that size."""
         return given if isinstance(given, Budget) else cls(size_of("memory", given))
-
-    def charge(self, size: int) -> None:
-        """Count `size` bytes that a holder has now."""
-        with self.lock():
-            self.used += size
-            self.peak = max(self.peak, self.used)
-
-    def release(self, size: int) -> None:
-        """Count `size` bytes less."""
-        with self.lock():
-            self.used -= size
-
-    def reserve(self, size: int, asker: Evictable | None = None) -> bool:
-        """Charge `size` bytes if there is `room` for them; whether they were charged."""
-        self.room(size, asker)
-        with self.lock():
-            fits = self.used + size <= self.limit
-            if fits:
-                self.charge(size)
-        return fits
 
     def room(self, size: int, asker: Evictable | None = None) -> bool:
         """Whether `size` more bytes fit, once holders have let go of what was not used for the longest time. Never waits.
@@ -203,8 +185,10 @@ class Account:
             with budget.lock():
                 self.items, self.held, budget.used = 0, 0, budget.used - self.held
 
-    def __del__(self) -> None:
-        self.settle()
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the end of the interpreter, what `settle` calls may be gone already.
+        if not ending():
+            self.settle()
 
 
 __all__ = ["Account", "Budget", "Evictable", "size_of"]

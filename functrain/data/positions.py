@@ -37,7 +37,10 @@ class Positions(Dataset[Any]):
         raise NotImplementedError(f"{type(self).__name__} has to define get(i, epoch)")
 
     def take(self, indices: np.ndarray, epoch: int) -> Tree:
-        """The elements at `indices` in an epoch, stacked; a source that can read them at once defines this too."""
+        """The elements at `indices` in an epoch, stacked, unchecked as by `get`: for sources that stand on this one.
+
+        A source that can read them at once defines this too. To read several from outside, `batch` them.
+        """
         return stacked([self.get(i, epoch) for i in indices.tolist()])
 
     def elements(self, indices: np.ndarray, epoch: int) -> list[Tree]:

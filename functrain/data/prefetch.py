@@ -129,6 +129,14 @@ class Prefetch:
             raise ArgumentError("prefetch loads in a thread, which has to end: use it as `with prefetch(source) as batches:`")
 
     def _open(self, load: Load, source: Source | None = None, start: int = 0, count: int | None = None) -> Stream:
+        stream = self._opened(load, source, start, count)
+        if not self._entered:
+            # Another thread has left the block since, and may not have seen this stream.
+            self.close()
+            self._check()
+        return stream
+
+    def _opened(self, load: Load, source: Source | None, start: int, count: int | None) -> Stream:
         if self._stream is not None:
             self._stream.close("another stream of this prefetch was opened since: make a prefetch for each")
             self._before, self._stream = self.stats, None

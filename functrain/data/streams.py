@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from functrain.core.errors import ArgumentError
 from functrain.core.tree import Tree
+from functrain.data.interrupts import held_signals
 from functrain.data.turns import Turns
 from functrain.data.waits import Clock, Stats
 
@@ -48,7 +49,7 @@ class Stream(Iterator[Tree]):
         settle: Callable[[], None] | None = None,
     ) -> None:
         self._ready: SimpleQueue[Any] = SimpleQueue()
-        self._turns, self._free, self._closed = turns, turns.free, turns.closed
+        self._turns, self._free = turns, turns.free
         self._unpack, self._settle = unpack, settle or _nothing
         self._over: str | None = None
         self._done = False
@@ -65,8 +66,10 @@ class Stream(Iterator[Tree]):
             for clock in self._clocks
         ]
         try:
-            for thread in self._threads:
-                thread.start()
+            # A Ctrl-C in `Thread.start` leaves a thread that waits for ever.
+            with held_signals():
+                for thread in self._threads:
+                    thread.start()
         except BaseException:
             turns.stop()
             for thread in self._threads:

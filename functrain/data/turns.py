@@ -20,8 +20,8 @@ class Turns:
 
     def __init__(self, depth: int) -> None:
         self.free: SimpleQueue[bool | None] = SimpleQueue()
-        # The same twice: a flag is read faster than an event.
-        self.closed, self.closing = threading.Event(), False
+        # A flag, and no event: a Ctrl-C in the middle of setting one leaves its lock held.
+        self.closing = False
         self._numbers = itertools.count()
         for _ in range(depth):
             self.free.put(True)
@@ -40,7 +40,6 @@ class Turns:
     def stop(self) -> None:
         """No load begins from now on; loaders that wait are woken, each by the one before."""
         self.closing = True
-        self.closed.set()
         self.free.put(False)
 
     def _waited(self, clock: Clock) -> bool:
@@ -54,7 +53,7 @@ class Turns:
     def _woken(self) -> bool | None:
         """The next token; None where none came for a while."""
         try:
-            return self.free.get(timeout=1.0)
+            return self.free.get(timeout=0.2)
         except Empty:
             # A program that ends inside its `with` block must not wait for a thread that nobody will wake.
             return None if threading.main_thread().is_alive() else False

@@ -35,8 +35,8 @@ class Cache:
     """Holds bytes that it can do without."""
 
     def __init__(self, budget, size):
-        self.budget, self.size, self.used_at = budget, size, budget.now()
-        budget.charge(size)
+        self.account, self.size, self.used_at = Account(budget), size, budget.now()
+        self.account.begin(size, anyway=True)
         budget.on_pressure(self)
 
     def oldest(self):
@@ -45,7 +45,7 @@ class Cache:
     def evict(self, size):
         given = min(size, self.size)
         self.size -= given
-        self.budget.release(given)
+        self.account.grow(-given)
 
 
 def test_what_can_be_had_again_makes_room_the_oldest_first():
@@ -86,9 +86,8 @@ def test_threads_charge_and_release_without_loss():
         account = Account(budget)
         for size in range(2000):
             account.begin(size)
-            budget.charge(size)
-            account.end(size)
-            budget.release(size)
+            account.grow(1)
+            account.end(size + 1)
 
     threads = [threading.Thread(target=turn) for _ in range(4)]
     for thread in threads:
@@ -116,7 +115,8 @@ def test_a_fork_while_another_thread_holds_the_budget():
     pid = os.fork()
     if pid == 0:
         # Holders begin anew in the child, which has nothing of what the parent's held.
-        budget.charge(70)
+        mine = Account(budget)
+        mine.begin(70)
         account.settle()
         os._exit(7 if budget.used == 70 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

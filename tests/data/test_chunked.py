@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functrain.core.errors import DataError
-from functrain.data.budget import Budget
+from functrain.data.budget import Account, Budget
+from functrain.data.h5.chunked import Direct
 from functrain.data.h5.files import opened
 from functrain.data.h5.layout import layout_of
 from functrain.data.h5.readers import Readers
+from functrain.data.h5.source import hdf5
 
 SHAPE = (37, 5, 6)
 
@@ -121,7 +123,8 @@ def test_others_get_room_where_they_ask_for_it(file):
     readers, reader = reader_of(file, "rows", memory=budget)
     before = reader.rows(np.arange(37))
     assert budget.used > 4000
-    assert budget.reserve(4500)
+    others = Account(budget)
+    assert others.begin(4500)
     assert budget.used <= 5000
     assert np.array_equal(reader.rows(np.arange(37)), before)
     readers.close()
@@ -171,6 +174,23 @@ def test_mapped_rows_are_within_the_budget_or_read_from_the_file(tmp_path, chunk
             assert np.array_equal(reader.rows(where), expected[where])
             assert budget.used <= memory
         assert bool(budget.used) == (memory > 1000)
-        assert budget.used == 0 or budget.reserve(memory)
+        assert budget.used == 0 or Account(budget).begin(memory)
         assert np.array_equal(reader.rows(np.array([2, 1])), expected[[2, 1]])
         readers.close()
+
+
+@pytest.mark.parametrize(("datasets", "chunks_held", "threads"), [(1, 1, 2), (2, 4, 2), (2, 8, 4), (3, 8, 4)])
+def test_reading_ahead_drives_nothing_out(tmp_path, monkeypatch, datasets, chunks_held, threads):
+    """In order, each chunk is decoded once, or little more often where there is room for no more than is in use."""
+    chunks, rows = 10, 20
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name in range(datasets):
+            data = np.arange(chunks * rows * 16.0).reshape(-1, 16)
+            file.create_dataset(str(name), data=data, chunks=(rows, 16), compression="gzip")
+    decoded = []
+    chunk = Direct.chunk
+    monkeypatch.setattr(Direct, "chunk", lambda self, number, out: (decoded.append(number), chunk(self, number, out))[1])
+    with hdf5(tmp_path / "a.h5", threads=threads, memory=chunks_held * rows * 16 * 8) as source:
+        for start in range(0, chunks * rows, 4):
+            source.take(np.arange(start, start + 4), 0)
+    assert len(decoded) <= 1.5 * datasets * chunks

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from functrain.core.errors import DataError
-from functrain.data import Budget, h5write
+from functrain.data import Budget, h5write, hdf5
+from functrain.data.h5 import faults
 from functrain.data.h5.faults import Mapping
 from functrain.data.h5.mapped import Region
 from functrain.data.h5.raw import LocalBytes
@@ -67,6 +68,46 @@ def test_threads_may_read_the_same_and_other_maps(tmp_path):
         thread.join()
     assert sums == {number: SIZE * (number % 2) for number in range(8)}
     assert [mapping.cut for mapping in mappings] == [True, False]
+
+
+def test_a_signal_that_a_program_sends_goes_to_whom_it_went(tmp_path):
+    met = []
+    before = signal.signal(signal.SIGBUS, lambda *_: met.append(True))
+    try:
+        memory, numbers = mapped(tmp_path / "a")
+        mapping = Mapping(memory)
+        with mapping:
+            os.kill(os.getpid(), signal.SIGBUS)
+            assert met == [True]
+            # And the map is still guarded.
+            os.truncate(tmp_path / "a", 0)
+            assert numbers.sum() == 0
+        assert mapping.cut
+    finally:
+        signal.signal(signal.SIGBUS, before)
+
+
+def read_on(source, order, delay):
+    """Read until an interrupt comes, after `delay` seconds."""
+    signal.setitimer(signal.ITIMER_REAL, delay)
+    while True:
+        source.take(order, 0)
+
+
+def test_an_interrupt_during_a_read_ends_the_guard(tmp_path):
+    """Along another axis, in one step of NumPy's: the interrupt comes when the read has ended already."""
+    h5write(tmp_path / "a.h5", {"x": np.ones((64, 4096), "f8")})
+    former = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with hdf5(tmp_path / "a.h5", axis=1) as source:
+            order = np.random.default_rng(0).permutation(4096)
+            for delay in np.linspace(1e-5, 3e-3, 60):
+                with pytest.raises(KeyboardInterrupt):
+                    read_on(source, order, delay)
+                assert not faults._guard._read
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def test_the_handler_is_there_only_while_a_map_is_read(tmp_path):
@@ -177,6 +218,6 @@ def test_a_map_that_was_cut_stays_void(tmp_path):
     with pytest.raises(DataError, match=f"shrank to {whole // 2} bytes"):
         region.gathered(lambda: region.bytes[::-1].copy())
     os.truncate(path, whole)
-    with pytest.raises(DataError, match="was cut short while dataset 'x' was read"):
+    with pytest.raises(DataError, match=r"was cut short.* while dataset 'x' was read"):
         region.usable()
     file.close()

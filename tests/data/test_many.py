@@ -246,3 +246,10 @@ def test_closing_one_closes_all(tmp_path):
     assert "demo_" in str(source.explain())
     with h5py.File(tmp_path / "demo_3.h5", "r+") as file:
         assert len(file["y"]) == 8
+
+
+def test_a_name_may_be_another_and_a_number(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["train/v"], file["train2/v"], file["train10/v"] = [1, 2], [3], [4]
+    with hdf5(tmp_path / "a.h5", "train*/v") as source:
+        assert [int(source(i)) for i in range(4)] == [1, 2, 3, 4]

@@ -357,7 +357,6 @@ def test_closing_frees_every_thread_that_waits():
             assert source.begun.acquire(timeout=30)
         closing = threading.Thread(target=batches.close, daemon=True)
         closing.start()
-        assert batches._stream._closed.wait(timeout=30)
         source.let.release(2)
         assert joined([closing, *threads])
     assert len(taken) < 10
@@ -527,3 +526,21 @@ def test_stats_say_that_training_is_slow(options):
     assert stats.bottleneck == "training"
     assert "loading keeps up" in str(stats)
     assert str(stats) == str(batches.stats)
+
+
+def test_a_stream_opened_while_the_block_is_left_ends_too():
+    def consume(stream, ended):
+        try:
+            for _ in stream:
+                pass
+        except ArgumentError:
+            pass
+        ended.set()
+
+    for _ in range(60):
+        ended = threading.Event()
+        with prefetch(arrays(torch.arange(10**6)).batch(1), 2) as stream:
+            thread = threading.Thread(target=consume, args=(stream, ended))
+            thread.start()
+        assert ended.wait(30)
+        thread.join()

@@ -15,7 +15,7 @@ from functrain.data.h5.filters import Pipeline
 from functrain.data.h5.index import grid_of
 from functrain.data.h5.measuring import Extent, Speeds, by_functrain, by_h5py
 from functrain.data.h5.members import members
-from functrain.data.h5.parts import sequences
+from functrain.data.h5.sequences import numbers_in
 from functrain.data.h5.verdict import Figures, sentence, table
 from functrain.data.h5.virtual import check_virtual
 from functrain.data.h5.write import h5write
@@ -160,7 +160,7 @@ def _advised(sample: _Sample, path: str, scratch: str, seconds: float) -> Datase
             stored = round(file["x"].id.get_storage_size() / sample.rows.nbytes * sample.size)
         there = Extent(0, extent.rows, run, extent.batch, extent.size)
         figures.append(_figures(layout, options, stored, scratch, "x", there, whole, seconds))
-    advice = sentence(figures, sample.beside, sample.chunked, sequences(sample.rows.dtype) is not None)
+    advice = sentence(figures, sample.beside, sample.chunked, numbers_in(sample.rows.dtype) is not None)
     return DatasetAdvice(sample.name, sample.shape, kind(sample.rows.dtype), sample.beside, tuple(figures), advice)
 
 

@@ -35,7 +35,7 @@ class MemoryBlocks:
     """Blocks in this process's memory, `limit` bytes of them."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self._held = limit, 0
+        self.limit = limit
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -47,10 +47,12 @@ class MemoryBlocks:
 
     def put(self, number: int, data: bytes) -> None:
         with self._lock:
-            self._held += len(data) - len(self._blocks.pop(number, b""))
+            self._blocks.pop(number, None)
             self._blocks[number] = data
-            while self._held > self.limit:
-                self._held -= len(self._blocks.popitem(last=False)[1])
+            # Added up, not kept: a count would be wrong for good after a Ctrl-C between two steps.
+            held = sum(map(len, self._blocks.values()))
+            while self._blocks and held > self.limit:
+                held -= len(self._blocks.popitem(last=False)[1])
 
 
 class FolderBlocks:

@@ -6,7 +6,7 @@ import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -72,15 +72,15 @@ class Cache:
         self._load(number, alone)
         return alone
 
-    def announce(self, numbers: Sequence[int]) -> None:
-        """Have these chunks decoded by the pool, into half of the places at most: what is in use now is not driven out."""
+    def announce(self, numbers: Sequence[int], spare: bool = False) -> None:
+        """Have these chunks decoded by the pool, into half of the places at most; if `spare`, where none makes way for them."""
         if self._pool.threads < 2:
             return
         places = self._now()
         missing = [number for number in numbers if number not in places.entries]
         if missing:
             with self._whole(places):
-                places.announce(missing, self._budget.now(), self)
+                places.announce(missing, self._budget.now(), self, spare)
 
     def oldest(self) -> int | None:
         """When the chunk that would go first was last used; the budget compares."""
@@ -149,7 +149,9 @@ class _Places:
         self._memory = mmap.mmap(-1, slots * size, flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE") and size >= _LARGE_PLACE and slots * size >= _LARGE:
             # A first write to each 4 KiB cost as much as decoding fast codecs: 0.5 ms a MiB.
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):
+                # A system may have been built without such pages.
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self._memory, np.uint8).reshape(slots, size)
         self._lock = threading.Lock()
         self.entries: OrderedDict[int, _Entry] = OrderedDict()
@@ -205,9 +207,12 @@ class _Places:
         self._ahead -= entry.ahead
         entry.ahead, entry.used_at = False, now
 
-    def _begin(self, wanted: int, asker: Cache) -> None:
-        """Have empty places for `wanted` chunks, as far as the budget goes."""
+    def _begin(self, wanted: int, asker: Cache, spare: bool = False) -> None:
+        """Have empty places for `wanted` chunks, as far as the budget goes: if `spare`, as it is."""
+        budget = self._account.budget
         while self._fresh and len(self._empty) < wanted:
+            if spare and budget.used + self._size > budget.limit:
+                break
             # One place there has to be.
             if not self._account.begin(self._size, len(self._fresh) == self._slots, asker):
                 break
@@ -235,9 +240,9 @@ class _Places:
                     mine.append((number, entry))
         return found, mine
 
-    def _place(self, number: int, now: int, ahead: bool = False) -> _Entry | None:
-        """A new entry in an empty slot, or in that of the chunk that was not used for the longest time."""
-        slot = self._empty.pop() if self._empty else self._last(ahead)
+    def _place(self, number: int, now: int, ahead: bool = False, spare: bool = False) -> _Entry | None:
+        """A new entry in an empty slot, or (not if `spare`) in that of the chunk that was not used for the longest time."""
+        slot = self._empty.pop() if self._empty else None if spare else self._last(ahead)
         if slot is None:
             return None
         entry = self.entries[number] = _Entry(slot, ahead, now)
@@ -292,13 +297,13 @@ class _Places:
 
     # --- ahead -----------------------------------------------------------------------------------------------
 
-    def announce(self, missing: Sequence[int], now: int, asker: Cache) -> None:
-        self._begin(min(len(missing), self._slots // 2), asker)
+    def announce(self, missing: Sequence[int], now: int, asker: Cache, spare: bool) -> None:
+        self._begin(min(len(missing), self._slots // 2), asker, spare)
         for number in missing:
             with self._lock:
                 if number in self.entries:
                     continue
-                entry = self._place(number, now, ahead=True) if self._ahead * 2 < self._slots else None
+                entry = self._place(number, now, True, spare) if self._ahead * 2 < self._slots else None
             if entry is None:
                 return
             if not self._pool.submit(self._fill, number, entry):

@@ -14,7 +14,7 @@ from functrain.data.h5.cache import Cache
 from functrain.data.h5.filters import DecodeError, Pipeline, ShortError
 from functrain.data.h5.growing import Load
 from functrain.data.h5.index import ChunkIndex
-from functrain.data.h5.layout import Layout
+from functrain.data.h5.layout import LARGEST, Layout
 from functrain.data.h5.pool import Pool
 from functrain.data.h5.raw import Bytes, LocalBytes
 from functrain.data.h5.scratch import RAW, scratch
@@ -43,8 +43,9 @@ class Chunked:
         # Chunks with the same rows, one behind the other along the other axes.
         self._beside = math.prod(index.grid[place] for place in others)
         # Whether a chunk is whole rows, one after the other: then many are gathered in one go.
-        self._whole = layout.axis == 0 and index.chunks[1:] == index.shape[1:]
-        self._row = math.prod(index.shape[1:]) * index.itemsize if self._whole else 0
+        row = math.prod(index.shape[1:]) * index.itemsize
+        self._whole = layout.axis == 0 and index.chunks[1:] == index.shape[1:] and row < LARGEST
+        self._row = row if self._whole else 0
         self._void = np.dtype(f"V{self._row}")
         self._numbers = np.arange(len(index)).reshape(index.grid)
 
@@ -75,7 +76,6 @@ class Chunked:
 
     def _stretch(self, start: int, stop: int) -> np.ndarray:
         """Neighbouring rows: chunks of which all is wanted are decoded into their place."""
-        self._read_ahead(start, stop)
         row = self._row
         result = np.empty((stop - start) * row, np.uint8)
         jobs, parts = [], []
@@ -96,6 +96,8 @@ class Chunked:
             if not self._cache.copied(number, part, into, spent):
                 with self._cache.holding([number], spent) as (memory, (place,)):
                     into[:] = self._data(memory, number, place)[part]
+        # Last: what is wanted now has its place.
+        self._read_ahead(start, stop)
         return result.view(self.layout.dtype).reshape(-1, *self.layout.row_shape)
 
     def _read_ahead(self, start: int, stop: int) -> None:
@@ -106,7 +108,7 @@ class Chunked:
         # Several may read by turns, and not in the order in which they set out.
         if abs(start - reached) <= _BY_TURNS * (stop - start):
             first = (stop - 1) // self.run + 1
-            self._cache.announce(range(first, min(first + self._pool.threads, len(self._index))))
+            self._cache.announce(range(first, min(first + self._pool.threads, len(self._index))), spare=True)
 
     def _rows(self, numbers: np.ndarray, inner: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         with self._cache.holding(wanted.tolist()) as (memory, held):
@@ -155,8 +157,8 @@ class Chunked:
     # --- ahead -----------------------------------------------------------------------------------------------
 
     def announce(self, indices: np.ndarray) -> None:
-        run = whole_run(indices)
-        if run is not None and self._whole:
+        run = whole_run(indices) if self._whole and indices.size else None
+        if run is not None:
             self._cache.announce(range(run.start // self.run, (run.stop - 1) // self.run + 1))
             return
         wanted = np.unique(indices // self.run)

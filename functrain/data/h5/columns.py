@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from functrain.core.errors import DataError, TreeError
 from functrain.core.tree import Tree
 from functrain.data.h5.layout import Layout
 from functrain.data.h5.packed import Packing
+from functrain.data.h5.sequences import numbers_in, righted
 from functrain.data.rows import readable, tensor
 
 Convert = Callable[[np.ndarray], Tree]
@@ -32,7 +32,7 @@ class Column:
         dtype = layout.dtype
         for field in fields:
             dtype, where = dtype.base[field], f"field {field!r} of {where}"
-        self._base = base = _sequence(dtype)
+        self._base = base = numbers_in(dtype)
         self.ragged = base is not None
         # Bytes, of an image say, are no steps of a sequence: a function decodes them.
         self.sequences = base is not None and base.itemsize > 1
@@ -63,10 +63,7 @@ class Column:
         return [self._convert(self._numbers(row)) for row in rows]
 
     def _numbers(self, row: np.ndarray) -> np.ndarray:
-        base = self._base
-        if base is not None and not base.isnative and _swapped():
-            row = row.view(base)
-        return row.copy()
+        return (row if self._base is None else righted(row, self._base)).copy()
 
     def blank(self) -> Tree:
         """What no rows of it become: structure, dtypes and shapes."""
@@ -77,25 +74,6 @@ class Column:
     def __str__(self) -> str:
         field = f", field {'/'.join(self.fields)}" if self.fields else ""
         return field + ("" if self.packing is None else f", {self.packing}")
-
-
-def _sequence(dtype: np.dtype) -> np.dtype | None:
-    """The dtype of the numbers in a dataset of sequences; None for any other."""
-    import h5py
-
-    base = None if h5py.check_string_dtype(dtype) is not None else h5py.check_vlen_dtype(dtype)
-    return np.dtype(base) if base is not None else None
-
-
-@functools.cache
-def _swapped() -> bool:
-    """Whether h5py hands out sequences of the other byte order as if they were native, with their bytes swapped (3.16 does)."""
-    import h5py
-
-    with h5py.File("probe", "w", driver="core", backing_store=False) as file:
-        dataset = file.create_dataset("x", (1,), h5py.vlen_dtype(np.dtype(np.uint16).newbyteorder()))
-        dataset[0] = np.ones(1, np.uint16)
-        return int(dataset[0][0]) != 1
 
 
 def _converter(dtype: np.dtype, where: str, advice: str = _OTHERS) -> Convert:

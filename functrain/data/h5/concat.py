@@ -52,7 +52,8 @@ def h5concat(
     - `virtual`: the result holds no data, and refers to the sources: by relative paths to those beside it. HDF5 reads fill
       values, without a word, where a source is moved away later; `hdf5` and `h5concat` look whether all are there.
     - `fill`: stands where datasets are missing or shorter than others, which is an error without it; numbers of
-      different dtypes get the one that holds them all. A file that is not there is an error all the same.
+      different dtypes get the one that holds them all, and lie contiguous unless a layout is asked for. A file that is
+      not there is an error all the same.
     - `progress`: called with the bytes that are done and the bytes in all, as decoded.
 
     Raises `DataError`, before anything is written, for a file or dataset that is missing in one place, dtypes, shapes or

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 import threading
 from typing import Any
@@ -20,10 +21,11 @@ import numpy as np
 from functrain.data.forks import renew
 
 _SIGBUS = 7
-# From the C library's headers, the same for all its 64-bit machines on Linux: SA_SIGINFO | SA_NODEFER, and where the address
-# that could not be read stands in a siginfo_t.
+# From the C library's headers, the same for all its 64-bit machines on Linux: SA_SIGINFO | SA_NODEFER; where a siginfo_t has
+# the cause of the signal, and the address that could not be read; BUS_ADRERR, there is nothing at that address.
 _FLAGS = 4 | 0x40000000
-_ADDRESS = 16
+_CAUSE, _ADDRESS = 8, 16
+_NOT_THERE = 2
 _FIXED = 0x10
 
 
@@ -74,7 +76,8 @@ class _Guard:
         self._ours = _Action(handler=ctypes.cast(self._handler, ctypes.c_void_p), flags=_FLAGS)
         self._theirs = _Action()
         self._at_ours, self._at_theirs = ctypes.addressof(self._ours), ctypes.addressof(self._theirs)
-        self._read: list[Mapping] = []
+        # Which thread reads what: to end twice does no harm, as after an interrupt.
+        self._read: set[tuple[int, Mapping]] = set()
         self._lock = threading.Lock()
         renew(self)
 
@@ -89,26 +92,32 @@ class _Guard:
         with self._lock:
             if not self._read:
                 self._sigaction(_SIGBUS, self._at_ours, self._at_theirs)
-            self._read.append(mapping)
+            self._read.add((threading.get_ident(), mapping))
 
     def end(self, mapping: Mapping) -> None:
         with self._lock:
-            self._read.remove(mapping)
-            if not self._read:
+            found = bool(self._read)
+            self._read.discard((threading.get_ident(), mapping))
+            if found and not self._read:
                 self._sigaction(_SIGBUS, self._at_theirs, None)
 
     def _met(self, signal: int, information: int, context: int) -> None:
         """Called where the read stands still, in the thread that reads; what it read is read again when this returns."""
+        caused = ctypes.c_int.from_address(information + _CAUSE).value
         address = ctypes.c_size_t.from_address(information + _ADDRESS).value
-        for mapping in tuple(self._read):
+        for _thread, mapping in tuple(self._read) if caused == _NOT_THERE else ():
             if mapping.start <= address < mapping.stop:
                 mapping.cut = True
                 page = address - address % mmap.PAGESIZE
                 flags = _FIXED | mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
                 if self._mmap(page, mapping.stop - page, mmap.PROT_READ, flags, -1, 0) == page:
                     return
-        # Not ours: it comes again, and goes to whom it went before.
         self._sigaction(_SIGBUS, self._at_theirs, None)
+        if caused <= 0:
+            # Sent by a program, it does not come again by itself.
+            os.kill(os.getpid(), _SIGBUS)
+            self._sigaction(_SIGBUS, self._at_ours, None)
+        # Else it comes again as soon as the same memory is read again, and goes to whom it went before.
 
 
 _guard = _Guard() if sys.platform == "linux" and sys.maxsize > 2**32 else None

@@ -16,9 +16,10 @@ from functrain.data.h5.scratch import scratch
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["DecodeError", "Filter", "Pipeline", "ShortError", "names"]
+__all__ = ["FLETCHER32", "DecodeError", "Filter", "Pipeline", "ShortError", "names"]
 
-_FLETCHER32 = 3
+# The number of the checksum in HDF5's registry.
+FLETCHER32 = 3
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Pipeline:
         makers = decoders(self._packages)
         steps: list[tuple[int, Codec | None]] = []
         for place, filter in enumerate(self.filters):
-            if filter.code == _FLETCHER32:
+            if filter.code == FLETCHER32:
                 steps.append((1 << place, None))
             elif filter.code not in makers:
                 raise Unsupported(f"{described(filter.code, filter.name)} is left to h5py")

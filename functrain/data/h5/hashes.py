@@ -18,6 +18,7 @@ from functrain.data.h5.layout import layout_of
 from functrain.data.h5.plausible import plausible
 from functrain.data.h5.raw import is_url
 from functrain.data.h5.readers import Readers
+from functrain.data.h5.sequences import righted
 from functrain.data.h5.slabs import slabs
 
 if TYPE_CHECKING:
@@ -186,8 +187,9 @@ def _element(dtype: np.dtype, file: h5py.File) -> Callable[[Any], bytes]:
         return lambda target: _counted((h5py.h5r.get_name(target, file.id) or b"") if target else b"")
     inner = h5py.check_vlen_dtype(dtype)
     if inner is not None:
-        encode = encoder(np.dtype(inner), file)
-        return lambda values: len(values).to_bytes(8, "little") + bytes(encode(np.asarray(values, inner)))
+        base = np.dtype(inner)
+        encode = encoder(base, file)
+        return lambda values: len(values).to_bytes(8, "little") + bytes(encode(np.asarray(righted(values, base), base)))
     if dtype.names is not None:
         fields = [(name, _element(dtype[name], file)) for name in dtype.names]
         return lambda record: b"".join(one(record[name]) for name, one in fields)

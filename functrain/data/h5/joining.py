@@ -11,8 +11,9 @@ from functrain.core.errors import ArgumentError, DataError
 from functrain.data.h5.chunking import Storage
 from functrain.data.h5.files import intact
 from functrain.data.h5.output import Output
-from functrain.data.h5.parts import Joined, Part, sequences
+from functrain.data.h5.parts import Joined, Part
 from functrain.data.h5.raw_copy import copy_bytes, filters_of, hindrance, without_filters
+from functrain.data.h5.sequences import numbers_in, righted
 from functrain.data.h5.slabs import slabs
 
 if TYPE_CHECKING:
@@ -167,7 +168,10 @@ def _copy_decoded(output: Output, part: Part, target: h5py.Dataset, memory: int,
             block = dataset[slab]
         if block.dtype != target.dtype:
             block = _converted(block, target.dtype, where)
-        if sequences(target.dtype) is not None:
+        base = numbers_in(dataset.dtype)
+        if base is not None:
+            for place in np.ndindex(block.shape):
+                block[place] = righted(block[place], base)
             # To `target[there] = …`, sequences of one length are a matrix.
             target.write_direct(np.ascontiguousarray(block), None, there)
         else:

@@ -11,7 +11,7 @@ import numpy as np
 
 from functrain.core.errors import ArgumentError, DataError
 from functrain.data.h5.files import intact
-from functrain.data.h5.filters import Pipeline
+from functrain.data.h5.filters import FLETCHER32, Pipeline
 from functrain.data.h5.index import ChunkIndex, misplaced, sparse
 from functrain.data.h5.parameters import check_parameters
 from functrain.data.h5.plausible import plausible
@@ -19,6 +19,10 @@ from functrain.data.h5.virtual import check_virtual
 
 if TYPE_CHECKING:
     import h5py
+
+
+# Rows below so many bytes can be gathered as NumPy's elements, which cannot be larger.
+LARGEST = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -179,9 +183,6 @@ def _described(layout: Layout, chunks: tuple[int, ...]) -> str:
     return text + (f", one element lies in {touched} chunks," if touched > 1 else "")
 
 
-_FLETCHER32 = 3
-
-
 def check_chunks(dataset: h5py.Dataset) -> None:
     """Raise `DataError` for a damaged index of chunks that HDF5 would crash on."""
     if dataset.chunks is None:
@@ -192,7 +193,7 @@ def check_chunks(dataset: h5py.Dataset) -> None:
     if not dataset.fletcher32:
         return
     plist = dataset.id.get_create_plist()
-    checksum = 1 << [plist.get_filter(place)[0] for place in range(plist.get_nfilters())].index(_FLETCHER32)
+    checksum = 1 << [plist.get_filter(place)[0] for place in range(plist.get_nfilters())].index(FLETCHER32)
     whole = math.prod(dataset.chunks) * dataset.dtype.itemsize
     short: list[tuple[int, ...]] = []
 

@@ -83,12 +83,14 @@ def _matching(pattern: str) -> list[str]:
 
 
 def natural(name: str) -> tuple[Any, ...]:
-    """The key of natural order, in which demo_10 follows demo_9.
+    """The key of natural order, folder by folder, in which demo_10 follows demo_9.
 
-    >>> sorted(["demo_10", "demo_9", "demo_09"], key=natural)
-    ['demo_09', 'demo_9', 'demo_10']
+    >>> sorted(["demo_10", "demo_9", "demo_09", "demo_"], key=natural)
+    ['demo_', 'demo_09', 'demo_9', 'demo_10']
     """
-    return (*(int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", name))), name)
+    parts = (re.split(r"([0-9]+)", part) for part in name.split("/"))
+    # The name decides between those that are alike; beside the parts, as it is not to be compared with a number.
+    return tuple(tuple(int(part) if place % 2 else part for place, part in enumerate(each)) for each in parts), name
 
 
 def has_pattern(group: str | None) -> bool:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import numpy as np
 
 from functrain.core.errors import DataError
-from functrain.data.budget import Budget
+from functrain.data.budget import Account, Budget
 from functrain.data.forks import renew
 from functrain.data.h5.faults import Mapping
 from functrain.data.h5.files import dataset_of, found, opened
-from functrain.data.h5.layout import Layout, layout_of
+from functrain.data.h5.layout import LARGEST, Layout, layout_of
 from functrain.data.h5.raw import LocalBytes
 
 
@@ -28,39 +28,40 @@ class Region:
         self._memory, skipped = file.map(start, stop)
         self._mapping = Mapping(self._memory)
         self.bytes = np.frombuffer(self._memory, np.uint8, stop - start, skipped)
-        # Bytes counted against the budget, and when they were last used: all of them, or none.
-        self._held = self._used_at = 0
+        # All bytes are counted against the budget, or none.
+        self._account, self._used_at = Account(budget), 0
         self._lock = threading.Lock()
         budget.on_pressure(self)
         renew(self)
 
     def after_fork(self) -> None:
         """In a forked process: nothing is held, and nobody holds the lock."""
-        self._held, self._lock = 0, threading.Lock()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_held"):
-            self._budget.release(self._held)
+        self._account, self._lock = Account(self._budget), threading.Lock()
 
     def usable(self) -> bool:
         """Whether the stretch may be read here. Else it is to be read from the file: `check` has been made of its length."""
         self._check()
-        if not self._held:
+        if not self._account.items:
             # One page that is looked at brings others, hundreds of KiB with some systems: so all are counted.
             size = len(self._memory)
             # Without the lock: others are evicted, which may want room from this one.
-            if not self._budget.reserve(size, self):
+            if not self._account.begin(size, asker=self):
                 return False
             with self._lock:
-                twice, self._held = self._held, size
-            self._budget.release(twice)
+                if self._account.items > 1:
+                    self._account.end(size)
         self._used_at = self._budget.now()
         return True
 
     def gathered(self, gather: Callable[[], np.ndarray]) -> np.ndarray:
         """What `gather` copies out of the stretch; `DataError` where the file has become shorter by the end."""
-        with self._mapping:
-            found = gather()
+        try:
+            with self._mapping:
+                found = gather()
+        except BaseException:
+            # A Ctrl-C during the read comes at the first step after it, which may be that of ending it.
+            self._mapping.__exit__()
+            raise
         self._check()
         return found
 
@@ -80,15 +81,14 @@ class Region:
 
     def oldest(self) -> int | None:
         """When it was last used; the budget compares."""
-        return self._used_at if self._held else None
+        return self._used_at if self._account.items else None
 
     def evict(self, size: int) -> None:
         """Let go of all pages: they come again from the system's cache when they are looked at."""
         with self._lock:
-            held, self._held = self._held, 0
-            if held:
+            if self._account.items:
                 self._memory.madvise(mmap.MADV_DONTNEED)
-        self._budget.release(held)
+                self._account.settle()
 
 
 class Mapped:
@@ -115,8 +115,10 @@ class Mapped:
         self._region = Region(file, self._start, stop, budget, layout.name)
         # A piece may begin at any byte, so each byte is the beginning of an element here; one by one, pieces are gathered
         # faster than as rows of a matrix.
-        size = len(self._region.bytes) - self._piece + 1
-        self._elements = np.ndarray((size,), np.dtype(f"V{self._piece}"), self._region.bytes, strides=(1,))
+        self._elements = None
+        if self._piece < LARGEST:
+            size = len(self._region.bytes) - self._piece + 1
+            self._elements = np.ndarray((size,), np.dtype(f"V{self._piece}"), self._region.bytes, strides=(1,))
         # Where rows follow one another without a gap, there is no place to be computed.
         alone = self._before == 1 and len(self._origins) == 1
         self._matrix = self._region.bytes[: layout.size].reshape(-1, self._piece) if alone else None
@@ -155,13 +157,13 @@ class Mapped:
         return result.reshape(-1)
 
     def _scattered(self, rows: np.ndarray) -> np.ndarray:
-        usable, matrix = self._region.usable(), self._matrix
+        usable, matrix, elements = self._region.usable(), self._matrix, self._elements
         if usable and matrix is not None:
             # They lie within it, as was checked; so none is cut off, and none is looked at twice.
             return self._region.gathered(lambda: matrix.take(rows, axis=0, mode="clip")).reshape(-1)
         starts = self._starts(rows)
-        if usable:
-            return self._region.gathered(lambda: self._elements[starts - self._start])
+        if usable and elements is not None:
+            return self._region.gathered(lambda: elements[starts - self._start])
         result = np.empty((len(starts), self._piece), np.uint8)
         for place, start in zip(result, starts.tolist()):
             self._region.fill(start, place)

@@ -34,13 +34,16 @@ class Extent(NamedTuple):
 
 # Random rows are read from so many bytes of chunks at a time, each in another chunk where there are as many.
 _CHUNKS_BYTES = 1 << 23
+# What `hdf5` may hold unless it is told otherwise.
+_DEFAULT = 512 << 20
 
 
 def by_functrain(path: str, name: str, extent: Extent, whole: int, seconds: float) -> Speeds:
     """The speeds of `hdf5` on one thread, of a dataset that has `whole` rows."""
     try:
-        # Chunks that are remembered from batch to batch would not be in a dataset of many.
-        forgetful = hdf5(path, name, memory=2 * extent.run * extent.size)
+        # Chunks that are remembered from batch to batch would not be in a dataset of many, nor would all of a large map be.
+        fits = extent.run == 1 and whole * extent.size <= _DEFAULT
+        forgetful = hdf5(path, name, memory=_DEFAULT if fits else 2 * extent.run * extent.size)
     except DataError:
         return Speeds(None, None)
     with forgetful, hdf5(path, name) as source:
@@ -77,6 +80,10 @@ def _at_random(take: Take, extent: Extent, whole: int, seconds: float) -> float:
     runs = max(1, extent.rows // extent.run)
     count = int(min(extent.batch, runs, max(1, _CHUNKS_BYTES // max(1, extent.run * extent.size))))
     draw = np.random.default_rng(0)
+    if extent.rows >= whole:
+        # All of it is there: batches as they would be read.
+        picks = (draw.choice(extent.rows, min(extent.batch, extent.rows), replace=False) for _ in range(64))
+        return _rate(take, [[extent.start + pick] for pick in picks], seconds)
     work = []
     for _ in range(64):
         chosen = draw.choice(runs, count, replace=False) * extent.run + draw.integers(extent.run, size=count)

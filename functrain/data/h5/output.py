@@ -69,7 +69,8 @@ def replacing(path: str, overwrite: bool, align: bool = False) -> Iterator[Outpu
     output: Output | None = None
     aligned = {"alignment_threshold": PAGE, "alignment_interval": PAGE} if align else {}
     try:
-        with whole_file(path) as beside:
+        # A link stays one, and what it leads to is replaced.
+        with whole_file(os.path.realpath(path)) as beside:
             with Disk(beside) as disk, held_signals() as held:
                 with h5py.File(disk, "w", **aligned) as file:
                     output = Output(file, disk, held)
@@ -93,5 +94,7 @@ def check_free(path: str, overwrite: bool) -> None:
         raise DataError(f"no directory {folder!r} to write {path!r} into: make it first")
     if os.path.isdir(path):
         raise DataError(f"{path!r} is a directory: give the path of a file")
-    if not overwrite and os.path.exists(path):
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise DataError(f"{path!r} is a device, pipe or socket: give the path of a file")
+    if not overwrite and os.path.lexists(path):
         raise DataError(f"{path!r} exists: pass overwrite=True to replace it, or choose another path")

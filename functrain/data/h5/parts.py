@@ -15,6 +15,7 @@ from functrain.data.h5.files import intact
 from functrain.data.h5.layout import check_chunks
 from functrain.data.h5.members import Members
 from functrain.data.h5.packed import PACKING
+from functrain.data.h5.sequences import numbers_in
 from functrain.data.h5.virtual import check_virtual
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class _Joining:
     def _same(self, other: h5py.Dataset, path: str) -> None:
         name, model, first = self.name, self.model, self.path
         # To NumPy, sequences of any numbers are objects.
-        inner = [sequences(dataset.dtype) for dataset in (model, other)]
+        inner = [numbers_in(dataset.dtype) for dataset in (model, other)]
         if inner[0] != inner[1] or (other.dtype != model.dtype and (not self.filled or "_Unsigned" in model.attrs)):
             kinds = [f"sequences of {kind}" if kind else dataset.dtype for kind, dataset in zip(inner, (model, other))]
             raise DataError(f"dataset {name!r} is {kinds[0]} in {first!r}, but {kinds[1]} in {path!r}: convert one of them")
@@ -231,14 +232,6 @@ def _axis(name: str, path: str, dataset: h5py.Dataset, axis: int) -> int:
     return axis % rank
 
 
-def sequences(dtype: np.dtype) -> np.dtype | None:
-    """The dtype of the numbers in sequences of variable length; None for everything else."""
-    import h5py
-
-    inner = h5py.check_vlen_dtype(dtype)
-    return inner if isinstance(inner, np.dtype) else None
-
-
 def _equal(one: Any, other: Any) -> bool:
     if one is None or other is None:
         return one is other
@@ -260,4 +253,4 @@ def _length(dataset: h5py.Dataset, axis: int | None) -> int | None:
     return shape[axis] if axis is not None and -len(shape) <= axis < len(shape) else None
 
 
-__all__ = ["Grid", "Joined", "Part", "joined", "sequences"]
+__all__ = ["Grid", "Joined", "Part", "joined"]

@@ -9,6 +9,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from functrain.data.interrupts import held_signals
+
 # What is to be done, with its arguments; None where a thread is to end.
 _Tasks = SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]] | None]
 
@@ -25,8 +27,10 @@ class _Crew:
         ]
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        # A Ctrl-C in `Thread.start` leaves too few threads, or one that waits for ever for a lock that start has left held.
+        with held_signals():
+            for thread in self._threads:
+                thread.start()
 
     def put(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self._tasks.put((work, arguments))
@@ -48,7 +52,7 @@ class _Crew:
 def _serve(tasks: _Tasks) -> None:
     while True:
         try:
-            task = tasks.get(timeout=1.0)
+            task = tasks.get(timeout=0.2)
         except Empty:
             # A program that ends with an open source must not wait for threads that nobody will wake.
             if not threading.main_thread().is_alive():
@@ -88,6 +92,11 @@ class Pool:
                 except RuntimeError:
                     # The interpreter ends, or the system has no threads left: the caller works.
                     return False
+                except BaseException:
+                    # Interrupted: not all were started, or none.
+                    self._crews.pop(pid, None)
+                    crew.stop()
+                    raise
         crew.put(work, arguments)
         return True
 
@@ -98,7 +107,8 @@ class Pool:
                 job()
             return
         remaining, errors = iter(jobs), list[BaseException]()
-        ended = threading.Semaphore(0)
+        # In C: a Ctrl-C left the lock of a semaphore of the standard library held (seen).
+        ended = SimpleQueue[None]()
 
         def work() -> None:
             for job in remaining:
@@ -107,14 +117,14 @@ class Pool:
                 except BaseException as error:
                     errors.append(error)
                 finally:
-                    ended.release()
+                    ended.put(None)
 
         for _ in range(min(self.threads, len(jobs)) - 1):
             if not self.submit(work):
                 break
         work()
         for _ in jobs:
-            ended.acquire()
+            ended.get()
         if errors:
             raise errors[0]
 

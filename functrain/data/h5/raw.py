@@ -94,8 +94,8 @@ class LocalBytes:
             raise DataError(f"{self.path!r} shrank to {size} bytes since it was opened; dataset {name!r} needs {end}")
 
     def shrunk(self, name: str) -> DataError:
-        """The error for a file that was shorter for a while than the dataset `name` needs."""
-        return DataError(f"{self.path!r} was cut short while dataset {name!r} was read from it: open it again")
+        """The error for a file of which a part could not be read, whose size is again what the dataset `name` needs."""
+        return DataError(f"{self.path!r} was cut short, or its disk failed, while dataset {name!r} was read: open it again")
 
     def map(self, start: int, stop: int) -> tuple[mmap.mmap, int]:
         """The bytes from start to stop as read-only memory, and how many lie before them in it."""

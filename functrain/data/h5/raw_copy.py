@@ -12,7 +12,7 @@ import numpy as np
 from functrain.core.errors import DataError
 from functrain.data.h5.disk import Piece
 from functrain.data.h5.files import intact
-from functrain.data.h5.filters import DecodeError, verified
+from functrain.data.h5.filters import FLETCHER32, DecodeError, verified
 from functrain.data.h5.index import ChunkIndex, misplaced
 from functrain.data.h5.output import Output
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 Place = tuple[int, ...]
 
-_DEFLATE, _FLETCHER32 = 1, 3
+_DEFLATE = 1
 # Shorter runs are copied faster through memory, many at once.
 _LEAST_RUN = 1 << 16
 # Between two reports of progress.
@@ -81,7 +81,7 @@ def _chunked(dataset: h5py.Dataset, target: h5py.Dataset, start: Place) -> str |
     filters = [filters_of(plist) for plist in plists]
     if _decoded_alike(filters[0]) != _decoded_alike(filters[1]):
         return "other filters"
-    if any(code == _FLETCHER32 for code, _ in filters[0][:-1]):
+    if any(code == FLETCHER32 for code, _ in filters[0][:-1]):
         return "a checksum lies below other filters"
     if target.maxshape != target.shape and fill_of(dataset) != fill_of(target):
         # Behind the end of its last chunk, where the target may grow to, stands its own.
@@ -175,7 +175,7 @@ def _copy_chunks(output: Output, dataset: h5py.Dataset, target: h5py.Dataset, st
     _check(index, len(filters), os.fstat(descriptor).st_size, where)
     bare_edges = bool(filters) and _is_partial(dataset) and _leaves_partial(dataset.id.get_create_plist(), index.itemsize)
     keeps_missing = fill_of(dataset) == fill_of(target)
-    checksum = 1 << len(filters) - 1 if filters and filters[-1][0] == _FLETCHER32 else 0
+    checksum = 1 << len(filters) - 1 if filters and filters[-1][0] == FLETCHER32 else 0
     columns = (index.offset, index.size, index.mask)
     for first in range(0, len(index), _BLOCK):
         block = slice(first, first + _BLOCK)

@@ -8,7 +8,6 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from typing import Any
 
 from functrain.core.errors import ArgumentError, DataError
@@ -16,10 +15,35 @@ from functrain.data.budget import size_of
 from functrain.data.h5.block_cache import BLOCK, Blocks, FolderBlocks, MemoryBlocks
 from functrain.data.h5.fetch import Fetcher
 
-Coming = dict[int, Future[bytes]]
-
 # Blocks fetched at once, at most.
 _REQUEST = 16
+# How long to wait at a time, in seconds, for a block that another thread fetches: that thread may have been interrupted.
+_PATIENCE = 0.2
+
+
+class _Block:
+    """A block on its way: `block` is None until it is there, and for good where it could not be fetched."""
+
+    def __init__(self) -> None:
+        self.block: bytes | None = None
+        self._over, self._lock = False, threading.Lock()
+        # A lock, let go of in one step: a future has several, and a Ctrl-C between two of them leaves others waiting.
+        self._lock.acquire()
+
+    def end(self) -> None:
+        """It is there, or will not be."""
+        if not self._over:
+            self._over = True
+            self._lock.release()
+
+    def wait(self) -> None:
+        """Until `end`."""
+        while not self._over:
+            if self._lock.acquire(timeout=_PATIENCE):
+                self._lock.release()
+
+
+Coming = dict[int, _Block]
 
 
 class _Here:
@@ -111,46 +135,47 @@ class RemoteBytes:
 
     def _blocks(self, here: _Here, numbers: range, alone: bool) -> list[tuple[int, bytes]]:
         blocks = {number: here.blocks.get(number, self._length(number)) for number in numbers}
-        mine, theirs = self._claimed(here, [number for number, block in blocks.items() if block is None], alone)
+        mine: Coming = {}
         try:
+            theirs = self._claimed(here, [number for number, block in blocks.items() if block is None], alone, mine)
             for run in _runs(list(mine)):
                 stop = min(run.stop * BLOCK, self._version.size)
                 data = here.fetcher.fetched(run.start * BLOCK, stop, self._version, alone)
                 for number in run:
                     block = data[(number - run.start) * BLOCK : (number - run.start + 1) * BLOCK]
                     here.blocks.put(number, block)
-                    blocks[number] = block
-                    mine[number].set_result(block)
-        finally:
+                    blocks[number] = mine[number].block = block
             self._unclaimed(here, mine)
-        for number, future in theirs.items():
+        except BaseException:
+            # Once more where an interrupt came in the middle of it: who waits for a block must not wait for ever.
+            self._unclaimed(here, mine)
+            raise
+        for number, coming in theirs.items():
+            coming.wait()
             # What went wrong for another thread, each finds out by itself.
-            failed = future.exception() is not None
             start, stop = number * BLOCK, number * BLOCK + self._length(number)
-            blocks[number] = here.fetcher.fetched(start, stop, self._version) if failed else future.result()
+            blocks[number] = coming.block or here.fetcher.fetched(start, stop, self._version)
         return [(number, block or b"") for number, block in blocks.items()]
 
-    def _claimed(self, here: _Here, missing: list[int], alone: bool) -> tuple[Coming, Coming]:
-        """Blocks to be fetched by this thread, and those that another one is fetching."""
-        mine: Coming = {}
+    def _claimed(self, here: _Here, missing: list[int], alone: bool, mine: Coming) -> Coming:
+        """The blocks that another thread is fetching; the others are put into `mine`, for this one to fetch."""
         theirs: Coming = {}
         with here.lock:
             for number in missing:
                 if number in here.coming and not alone:
                     theirs[number] = here.coming[number]
                 else:
-                    mine[number] = Future()
+                    mine[number] = _Block()
                     here.coming.setdefault(number, mine[number])
-        return mine, theirs
+        return theirs
 
     def _unclaimed(self, here: _Here, mine: Coming) -> None:
         with here.lock:
-            for number, future in mine.items():
-                if here.coming.get(number) is future:
+            for number, coming in mine.items():
+                if here.coming.get(number) is coming:
                     del here.coming[number]
-        for future in mine.values():
-            if not future.done():
-                future.set_exception(DataError("not fetched"))
+        for coming in mine.values():
+            coming.end()
 
     def _length(self, number: int) -> int:
         return min(BLOCK, self._version.size - number * BLOCK)
