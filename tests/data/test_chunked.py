@@ -179,17 +179,40 @@ def test_mapped_rows_are_within_the_budget_or_read_from_the_file(tmp_path, chunk
         readers.close()
 
 
+@pytest.fixture
+def decoded(monkeypatch):
+    """The numbers of all chunks that are decoded."""
+    numbers = []
+    chunk = Direct.chunk
+    monkeypatch.setattr(Direct, "chunk", lambda self, number, out: (numbers.append(number), chunk(self, number, out))[1])
+    return numbers
+
+
+def test_of_chunks_that_were_stored_as_they_are_no_more_is_read_than_is_wanted(tmp_path, decoded):
+    """A compression that makes nothing smaller is left out by HDF5, chunk by chunk."""
+    data = np.random.default_rng(0).integers(0, 256, (100, 1000), np.uint8)
+    data[20:40] = 7
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        rows = file.create_dataset("x", data=data, chunks=(20, 1000), compression="lzf")
+        assert [rows.id.get_chunk_info(n).filter_mask for n in range(5)] == [1, 0, 1, 1, 1]
+    with hdf5(tmp_path / "a.h5", "x") as source:
+        decoded.clear()
+        for start in range(96):
+            assert np.array_equal(source.take(np.arange(start, start + 5), 0).numpy(), data[start : start + 5])
+        assert set(decoded) == {1}
+        os.truncate(tmp_path / "a.h5", (tmp_path / "a.h5").stat().st_size - 3000)
+        with pytest.raises(DataError, match=r"chunk \(80, 0\).* before byte"):
+            source.take(np.arange(95, 100), 0)
+
+
 @pytest.mark.parametrize(("datasets", "chunks_held", "threads"), [(1, 1, 2), (2, 4, 2), (2, 8, 4), (3, 8, 4)])
-def test_reading_ahead_drives_nothing_out(tmp_path, monkeypatch, datasets, chunks_held, threads):
+def test_reading_ahead_drives_nothing_out(tmp_path, decoded, datasets, chunks_held, threads):
     """In order, each chunk is decoded once, or little more often where there is room for no more than is in use."""
     chunks, rows = 10, 20
     with h5py.File(tmp_path / "a.h5", "w") as file:
         for name in range(datasets):
             data = np.arange(chunks * rows * 16.0).reshape(-1, 16)
             file.create_dataset(str(name), data=data, chunks=(rows, 16), compression="gzip")
-    decoded = []
-    chunk = Direct.chunk
-    monkeypatch.setattr(Direct, "chunk", lambda self, number, out: (decoded.append(number), chunk(self, number, out))[1])
     with hdf5(tmp_path / "a.h5", threads=threads, memory=chunks_held * rows * 16 * 8) as source:
         for start in range(0, chunks * rows, 4):
             source.take(np.arange(start, start + 4), 0)

@@ -93,7 +93,7 @@ class Chunked:
             # Who reads on from here comes back to this chunk in the next epoch: to keep it helps where all chunks can be kept.
             last = part.stop == self.run * row or number * self.run * row + part.stop == self.layout.length * row
             spent = last and self._cache.slots < len(self._index)
-            if not self._cache.copied(number, part, into, spent):
+            if not self._cache.copied(number, part, into, spent) and not self._load.stored(number, part.start, into):
                 with self._cache.holding([number], spent) as (memory, (place,)):
                     into[:] = self._data(memory, number, place)[part]
         # Last: what is wanted now has its place.
@@ -187,6 +187,19 @@ class Direct:
         except DecodeError as problem:
             self._once_more(number, offset, out, problem)
 
+    def stored(self, number: int, start: int, out: np.ndarray) -> bool:
+        """Read bytes from `start` on of a chunk that is stored as it is, without the others; whether it is."""
+        offset, size = int(self._index.offset[number]), int(self._index.size[number])
+        if offset < 0 or size != self._index.bytes or not isinstance(self._file, LocalBytes):
+            return False
+        if not self._pipeline.skipped(int(self._index.mask[number])):
+            return False
+        try:
+            self._file.fill(offset + start, out)
+        except DataError as problem:
+            raise self._damaged(number, offset, str(problem)) from problem
+        return True
+
     def trial(self, number: int, out: np.ndarray) -> str | None:
         """Decode a chunk that is there; what is wrong with it, if anything."""
         try:
@@ -198,12 +211,13 @@ class Direct:
         return None
 
     def _decode(self, number: int, offset: int, out: np.ndarray) -> None:
-        self._pipeline.decode(self._raw(offset, int(self._index.size[number]), out), int(self._index.mask[number]), out)
+        mask = int(self._index.mask[number])
+        self._pipeline.decode(self._raw(offset, int(self._index.size[number]), mask, out), mask, out)
 
-    def _raw(self, offset: int, size: int, out: np.ndarray) -> bytes | memoryview:
+    def _raw(self, offset: int, size: int, mask: int, out: np.ndarray) -> bytes | memoryview:
         if not isinstance(self._file, LocalBytes):
             return self._file.read(offset, size)
-        buffer = out if self._pipeline.plain and size == len(out) else scratch.take(RAW, size)
+        buffer = out if size == len(out) and self._pipeline.skipped(mask) else scratch.take(RAW, size)
         self._file.fill(offset, buffer)
         return buffer.data
 

@@ -34,3 +34,7 @@ class Doubtful:
             with suppress(DataError):
                 return self._through.chunk(number, out)
         return self._direct.chunk(number, out)
+
+    def stored(self, number: int, start: int, out: np.ndarray) -> bool:
+        """Of a chunk at the edge that is not to be known."""
+        return not self._edges[number] and self._direct.stored(number, start, out)

@@ -80,6 +80,10 @@ class Pipeline:
         """Whether there are no filters."""
         return not self.filters
 
+    def skipped(self, mask: int) -> bool:
+        """Whether a chunk of this mask is stored as it is: its writer left out every filter, as where none made it smaller."""
+        return not any(not mask & bit for bit, _ in self._steps)
+
     @property
     def reorders(self) -> bool:
         """Whether all it does is to put the bytes of a chunk in another order."""

@@ -27,6 +27,10 @@ class Load(Protocol):
         """The bytes of a chunk."""
         ...
 
+    def stored(self, number: int, start: int, out: np.ndarray) -> bool:
+        """Bytes of a chunk from `start` on, if they can be had without the others; whether they can."""
+        ...
+
 
 class Growing:
     """Chunks of a dataset that grows: those that were whole when its length was pinned come directly, others through h5py.
@@ -43,3 +47,7 @@ class Growing:
         whole = all(part.stop - part.start == size for part, size in zip(index.region(number), index.chunks))
         load = self._direct if whole and index.offset[number] >= 0 else self._through
         load.chunk(number, out)
+
+    def stored(self, number: int, start: int, out: np.ndarray) -> bool:
+        """Never: a chunk may be written elsewhere meanwhile."""
+        return False

@@ -75,6 +75,10 @@ class Through:
             valid = tuple(slice(0, part.stop - part.start) for part in region)
             out.reshape(*index.chunks, index.itemsize)[valid] = data.view((np.uint8, (index.itemsize,)))
 
+    def stored(self, number: int, start: int, out: np.ndarray) -> bool:
+        """Never: h5py reads whole chunks."""
+        return False
+
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Says which filter h5py lacks, where one is why it cannot read."""
