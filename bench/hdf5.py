@@ -59,11 +59,7 @@ def _size(size: int) -> int:
 def _opened(stack: ExitStack, file: File, size: int) -> dict[str, Epoch]:
     """Ours, decoded by whoever asks, and by two threads that read ahead of that."""
     sources = [stack.enter_context(ft.hdf5(file.path, "x", threads=threads, memory=MEMORY)) for threads in (1, 2)]
-    return {name: partial(_same, source.batch(size)) for name, source in zip((ONE_THREAD, TWO_THREADS), sources)}
-
-
-def _same(source: ft.Source) -> ft.Source:
-    return source
+    return {name: partial(iter, source.batch(size)) for name, source in zip((ONE_THREAD, TWO_THREADS), sources)}
 
 
 def _prefetched(stack: ExitStack, file: File, size: int) -> Epoch:

@@ -174,7 +174,8 @@ def test_mapped_rows_are_within_the_budget_or_read_from_the_file(tmp_path, chunk
             assert np.array_equal(reader.rows(where), expected[where])
             assert budget.used <= memory
         assert bool(budget.used) == (memory > 1000)
-        assert budget.used == 0 or Account(budget).begin(memory)
+        others = Account(budget)
+        assert budget.used == 0 or others.begin(memory)
         assert np.array_equal(reader.rows(np.array([2, 1])), expected[[2, 1]])
         readers.close()
 

@@ -14,7 +14,7 @@ import pytest
 from functrain.core.errors import DataError
 from functrain.data import Budget, h5write, hdf5
 from functrain.data.h5 import faults
-from functrain.data.h5.faults import Mapping
+from functrain.data.h5.faults import GuardedMap
 from functrain.data.h5.mapped import Region
 from functrain.data.h5.raw import LocalBytes
 
@@ -41,7 +41,7 @@ def ended(code, *arguments):
 
 def test_memory_that_is_gone_reads_as_zeros_and_says_so(tmp_path):
     memory, numbers = mapped(tmp_path / "a")
-    mapping = Mapping(memory)
+    mapping = GuardedMap(memory)
     with mapping:
         assert numbers.sum() == SIZE
     assert not mapping.cut
@@ -53,7 +53,7 @@ def test_memory_that_is_gone_reads_as_zeros_and_says_so(tmp_path):
 
 def test_threads_may_read_the_same_and_other_maps(tmp_path):
     maps = [mapped(tmp_path / name) for name in "ab"]
-    mappings = [Mapping(memory) for memory, _ in maps]
+    mappings = [GuardedMap(memory) for memory, _ in maps]
     os.truncate(tmp_path / "a", 0)
     sums = {}
 
@@ -75,7 +75,7 @@ def test_a_signal_that_a_program_sends_goes_to_whom_it_went(tmp_path):
     before = signal.signal(signal.SIGBUS, lambda *_: met.append(True))
     try:
         memory, numbers = mapped(tmp_path / "a")
-        mapping = Mapping(memory)
+        mapping = GuardedMap(memory)
         with mapping:
             os.kill(os.getpid(), signal.SIGBUS)
             assert met == [True]
@@ -115,7 +115,7 @@ def test_the_handler_is_there_only_while_a_map_is_read(tmp_path):
     before = signal.signal(signal.SIGBUS, lambda *_: met.append(True))
     try:
         memory, numbers = mapped(tmp_path / "a")
-        with Mapping(memory), Mapping(memory):
+        with GuardedMap(memory), GuardedMap(memory):
             assert numbers[0] == 1
         os.kill(os.getpid(), signal.SIGBUS)
         assert met == [True]
@@ -126,7 +126,7 @@ def test_the_handler_is_there_only_while_a_map_is_read(tmp_path):
 FOREIGN = """
     import mmap, os, sys
     import numpy as np
-    from functrain.data.h5.faults import Mapping
+    from functrain.data.h5.faults import GuardedMap
 
     def mapped(path):
         with open(path, "wb") as file:
@@ -136,7 +136,7 @@ FOREIGN = """
 
     ours, other = mapped(sys.argv[1]), mapped(sys.argv[2])
     os.truncate(sys.argv[2], 0)
-    with Mapping(ours):
+    with GuardedMap(ours):
         print(np.frombuffer(other, np.uint8).sum())
 """
 
@@ -149,13 +149,13 @@ def test_memory_of_others_is_left_to_them(tmp_path):
 
 FORKED = """
     import mmap, os, signal, sys
-    from functrain.data.h5.faults import Mapping
+    from functrain.data.h5.faults import GuardedMap
 
     with open(sys.argv[1], "wb") as file:
         file.write(bytes(1 << 16))
     with open(sys.argv[1], "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with Mapping(memory):
+    with GuardedMap(memory):
         child = os.fork()
         if not child:
             os.kill(os.getpid(), signal.SIGBUS)

@@ -74,6 +74,39 @@ def test_reading_goes_on_after_an_interrupt(path, interrupts, threads, memory, m
     assert budget.used == 0
 
 
+@pytest.mark.parametrize("stored", [{}, {"chunks": (7, 64), "compression": "gzip"}])
+def test_reads_of_neighbours_and_of_whole_maps_go_on_after_an_interrupt(tmp_path, interrupts, monkeypatch, stored):
+    """Several chunks at once are decoded by all threads; a map is charged to the budget, and gives way to another."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: None)
+    data = np.arange(ROWS * 64).reshape(ROWS, 64)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name in "xy":
+            file.create_dataset(name, data=data, **stored)
+    # Room for one of the two maps, with what lies around it.
+    budget, draw = Budget(data.nbytes + 2**15), np.random.default_rng(0)
+    sources = [hdf5(tmp_path / "a.h5", name, threads=2, memory=budget) for name in "xy"]
+
+    def read_on():
+        for attempt in itertools.count():
+            if attempt % 1000 == 0:
+                interrupts(draw.uniform(1e-5, 1e-3))
+            source, start = sources[attempt % 2], int(draw.integers(0, ROWS - 200))
+            source.take(np.arange(start, start + 200), 0)
+            source.take(np.array([start + 5, start]), 0)
+
+    for _ in range(200):
+        with pytest.raises(KeyboardInterrupt):
+            read_on()
+        interrupts(0)
+    for source in sources:
+        assert np.array_equal(source.take(np.array([3, 1]), 0)[:, 0], [3 * 64, 64])
+        source.close()
+    sources.clear()
+    del source
+    gc.collect()
+    assert budget.used == 0
+
+
 def test_what_failed_is_let_go_of_at_once():
     """Not in a collection of garbage some time later, in whose finalisers a Ctrl-C would be dropped."""
 

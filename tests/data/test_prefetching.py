@@ -357,6 +357,8 @@ def test_closing_frees_every_thread_that_waits():
             assert source.begun.acquire(timeout=30)
         closing = threading.Thread(target=batches.close, daemon=True)
         closing.start()
+        while batches._stream.alive:
+            assert closing.is_alive()
         source.let.release(2)
         assert joined([closing, *threads])
     assert len(taken) < 10

@@ -40,7 +40,7 @@ class _Action(ctypes.Structure):
     )
 
 
-class Mapping:
+class GuardedMap:
     """The memory of a map. In its `with` block, what is gone with the end of the file reads as zeros, and `cut` says so.
 
     Threads may be in it at the same time.
@@ -77,7 +77,7 @@ class _Guard:
         self._theirs = _Action()
         self._at_ours, self._at_theirs = ctypes.addressof(self._ours), ctypes.addressof(self._theirs)
         # Which thread reads what: to end twice does no harm, as after an interrupt.
-        self._read: set[tuple[int, Mapping]] = set()
+        self._read: set[tuple[int, GuardedMap]] = set()
         self._lock = threading.Lock()
         renew(self)
 
@@ -88,13 +88,13 @@ class _Guard:
             self._read.clear()
             self._sigaction(_SIGBUS, self._at_theirs, None)
 
-    def begin(self, mapping: Mapping) -> None:
+    def begin(self, mapping: GuardedMap) -> None:
         with self._lock:
             if not self._read:
                 self._sigaction(_SIGBUS, self._at_ours, self._at_theirs)
             self._read.add((threading.get_ident(), mapping))
 
-    def end(self, mapping: Mapping) -> None:
+    def end(self, mapping: GuardedMap) -> None:
         with self._lock:
             found = bool(self._read)
             self._read.discard((threading.get_ident(), mapping))

@@ -14,7 +14,7 @@ import numpy as np
 from functrain.core.errors import DataError
 from functrain.data.budget import Account, Budget
 from functrain.data.forks import renew
-from functrain.data.h5.faults import Mapping
+from functrain.data.h5.faults import GuardedMap
 from functrain.data.h5.files import dataset_of, found, opened
 from functrain.data.h5.layout import LARGEST, Layout, layout_of
 from functrain.data.h5.raw import LocalBytes
@@ -26,7 +26,7 @@ class Region:
     def __init__(self, file: LocalBytes, start: int, stop: int, budget: Budget, name: str) -> None:
         self._file, self._budget, self._stop, self._name = file, budget, stop, name
         self._memory, skipped = file.map(start, stop)
-        self._mapping = Mapping(self._memory)
+        self._mapping = GuardedMap(self._memory)
         self.bytes = np.frombuffer(self._memory, np.uint8, stop - start, skipped)
         # All bytes are counted against the budget, or none.
         self._account, self._used_at = Account(budget), 0

@@ -46,7 +46,8 @@ def hdf5(
 
     How:
 
-    - `threads` decode compressed chunks, and are ended by `close`, or with the source.
+    - `threads` decode compressed chunks, where rows are read in order those behind them too, ahead of time; they are ended
+      by `close`, or with the source.
     - `memory` bounds the decoded chunks that are kept: a size, or a `Budget` that others share.
     - `unpack`: apply netCDF's scale_factor, add_offset, _FillValue, missing_value and valid range; NaN for what is missing.
       Without a _FillValue that is netCDF's default one too (9.97e36 of floats, -32767 of int16, …; bytes have none), of
